@@ -1,0 +1,159 @@
+"""The ABFT loss on attention masses, and the controllers of its penalty; pure tensor functions.
+
+Source: "Mechanistic Fine-tuning for In-context Learning" (arXiv 2505.14233), Eq. 1 (loss and filter), Eq. 3 (PID).
+
+For a prompt with k demonstrations and n_t tokens of its own, and a head whose last row puts mass m⁺ on the
+correct labels I⁺ and m⁻ on the wrong ones I⁻:
+
+    induction head  ⇔  S = m⁺ + m⁻ > T = k / (k + ln n_t)
+    L = A·m⁻ + B·(|I⁺| − m⁺)   for induction heads, 0 for the others
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["ABFTLoss", "HeadCountController", "abft_loss", "induction_heads", "induction_threshold"]
+
+Adaption = Literal["PID", "P", "none"]
+
+
+class ABFTLoss(NamedTuple):
+    """Loss and the statistics that training logs; all but `loss` without gradient."""
+
+    loss: Tensor  # (), mean over the prompts of the sum over layers and heads
+    per_prompt: Tensor  # (B,), with gradient: sums of it over micro-batches average exactly
+    selected: Tensor  # (L, B, H) bool, the induction heads
+    mass_correct: Tensor  # (), mean over the selected heads; NaN if there is none
+    mass_wrong: Tensor  # (), likewise
+
+    @property
+    def head_counts(self) -> Tensor:
+        """Induction heads of each prompt, int64 `(B,)`."""
+        return self.selected.sum(dim=(0, 2))
+
+
+def induction_threshold(demonstrations: Tensor, prompt_lengths: Tensor) -> Tensor:
+    """T = k / (k + ln n_t), float32 `(B,)`; k demonstrations and n_t tokens (padding excluded) of each prompt."""
+    k = demonstrations.to(torch.float32)
+    return k / (k + prompt_lengths.to(torch.float32).log())
+
+
+def induction_heads(masses: Tensor, demonstrations: Tensor, prompt_lengths: Tensor) -> Tensor:
+    """Which heads pass the filter S > T: bool `(L, B, H)` from masses `(L, B, H, 2)`; no gradient."""
+    threshold = induction_threshold(demonstrations, prompt_lengths)
+    return masses.detach().sum(dim=-1) > threshold[:, None]
+
+
+def abft_loss(
+    masses: Tensor | Sequence[Tensor],
+    correct_demonstrations: Tensor,
+    demonstrations: Tensor,
+    prompt_lengths: Tensor,
+    *,
+    wrong_penalty: float = 0.5,
+    correct_award: float = 1.0,
+    head_filter: bool = True,
+    per_head_mean: bool = False,
+) -> ABFTLoss:
+    """Eq. 1: sum over layers and heads, mean over prompts.
+
+    Args:
+        masses: last-row masses on (correct, wrong) label tokens, `(L, B, H, 2)` or a sequence of L such tensors
+            `(B, H, 2)` or `(B, H, 1, 2)`.
+        correct_demonstrations: |I⁺|, the demonstrations that carry the gold label, `(B,)`.
+        demonstrations: k, `(B,)`.
+        prompt_lengths: n_t, the prompt's own tokens, `(B,)`.
+        wrong_penalty: A ≥ 0.
+        correct_award: B ≥ 0.
+        head_filter: train induction heads only; off, every head.
+        per_head_mean: divide each prompt's loss by its number of selected heads.
+
+    Raises:
+        ValueError: shapes that do not fit, or a negative A or B.
+    """
+    if not isinstance(masses, Tensor):
+        masses = torch.stack([mass.squeeze(2) if mass.dim() == 4 else mass for mass in masses])
+    batch = correct_demonstrations.shape[0]
+    if masses.dim() != 4 or masses.shape[1] != batch or masses.shape[3] != 2:
+        raise ValueError(
+            f"masses must have shape (layers, batch={batch}, heads, 2), got {tuple(masses.shape)}; ask the model for "
+            "one query position per prompt and two key groups, correct and wrong"
+        )
+    if wrong_penalty < 0 or correct_award < 0:
+        raise ValueError(f"A and B must not be negative, got A={wrong_penalty}, B={correct_award}")
+    correct, wrong = masses.unbind(-1)
+    if head_filter:
+        selected = induction_heads(masses, demonstrations, prompt_lengths)
+    else:
+        selected = torch.ones_like(correct, dtype=torch.bool)
+    per_head = wrong_penalty * wrong + correct_award * (correct_demonstrations[:, None] - correct)
+    per_prompt = (per_head * selected).sum(dim=(0, 2))
+    if per_head_mean:
+        per_prompt = per_prompt / selected.sum(dim=(0, 2)).clamp(min=1)
+    with torch.no_grad():
+        count = selected.sum()
+        mass_correct = (correct * selected).sum() / count
+        mass_wrong = (wrong * selected).sum() / count
+    return ABFTLoss(per_prompt.mean(), per_prompt, selected, mass_correct, mass_wrong)
+
+
+@dataclass
+class HeadCountController:
+    """Steers the penalty A by the number of induction heads (Eq. 3), one update per optimizer step.
+
+    With n̄_t the mean induction-head count per prompt of step t, for t > 2:
+
+        A_t = A_{t−1} + Cp(n̄_t − n̄_{t−1}) + Ci(n̄_t − n̄_1) + Cd(n̄_t − 2n̄_{t−1} + n̄_{t−2}),   A ≥ 0
+
+    `adaption="P"` keeps the first term alone, `"none"` keeps A fixed. The count of step t is known once its loss
+    is computed, so A_t is used from step t + 1 on. The state is plain data: save it with :meth:`state_dict`.
+
+    Raises:
+        ValueError: an unknown adaption, or a negative A.
+    """
+
+    wrong_penalty: float = 0.5
+    adaption: Adaption = "PID"
+    proportional: float = 0.03
+    integral: float = 0.005
+    derivative: float = 0.005
+    head_counts: list[float] = field(default_factory=list)
+
+    # Below this share of its first value the count is called collapsed.
+    COLLAPSE = 0.1
+
+    def __post_init__(self) -> None:
+        if self.adaption not in ("PID", "P", "none"):
+            raise ValueError(f"adaption must be 'PID', 'P' or 'none', got {self.adaption!r}")
+        if self.wrong_penalty < 0:
+            raise ValueError(f"A must not be negative, got {self.wrong_penalty}")
+
+    def update(self, head_count: float) -> float:
+        """Records n̄_t and returns A for the next step."""
+        self.head_counts.append(float(head_count))
+        if self.adaption != "none" and len(self.head_counts) > 2:
+            before, last, now = self.head_counts[-3:]
+            step = self.proportional * (now - last)
+            if self.adaption == "PID":
+                step += self.integral * (now - self.head_counts[0])
+                step += self.derivative * (now - 2 * last + before)
+            self.wrong_penalty = max(0.0, self.wrong_penalty + step)
+        return self.wrong_penalty
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the count has fallen below a tenth of its first value (or never was above 0)."""
+        return bool(self.head_counts) and self.head_counts[-1] <= self.COLLAPSE * self.head_counts[0]
+
+    def state_dict(self) -> dict[str, float | list[float]]:
+        return {"wrong_penalty": self.wrong_penalty, "head_counts": list(self.head_counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.wrong_penalty = float(state["wrong_penalty"])
+        self.head_counts = [float(count) for count in state["head_counts"]]

@@ -1,0 +1,333 @@
+"""ABFT and its E2E baseline as a `transformers.Trainer`: logging, resume, callbacks and distributed launch are its.
+
+    trainer = ABFTTrainer(model, ABFTConfig(output_dir="run"), prompts, builder)
+    trainer.train()
+    trainer.save_model()
+
+Source: arXiv 2505.14233, sections 3 and 4 for the loss and the defaults.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from abft.attention import enable, forward_with_mass
+from abft.evaluation import evaluate
+from abft.losses import Adaption, HeadCountController, abft_loss
+from abft.parameters import TrainedParameter, lora_qk, train_qk
+from abft.prompts import Prompt, PromptBuilder, PromptCollator
+from abft.weights import load_trained, save_trained
+
+__all__ = ["ABFTConfig", "ABFTTrainer", "Method", "last_complete_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["abft", "e2e"]
+
+
+@dataclass
+class ABFTConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with the paper's defaults, and ABFT's own options.
+
+    Adam without weight decay or clipping at a constant rate, two epochs, gradients averaged over pseudo-batches of
+    32 prompts.
+
+    Args:
+        method: `"abft"`, or `"e2e"`: cross-entropy of the gold label token at the last position.
+        pseudo_batch_size: prompts whose gradients are averaged for one optimizer step, over all processes.
+            Sets `gradient_accumulation_steps`.
+        wrong_penalty: A, weight of the mass on wrong labels; its first value if it is adapted.
+        correct_award: B, weight of the mass missing on correct labels.
+        adaption: what steers A by the number of induction heads: `"PID"`, `"P"` or `"none"`.
+        pid_proportional, pid_integral, pid_derivative: its factors Cp, Ci, Cd.
+        head_filter: train induction heads only.
+        per_head_mean: divide a prompt's loss by its number of induction heads.
+        lora: train LoRA adapters on the q and k projections instead of W_Q and W_K themselves.
+        lora_r, lora_alpha, lora_target_modules: of LoRA.
+        learning_rate: None for the paper's 2e-5 (full) or 1e-4 (LoRA).
+
+    Raises:
+        ValueError: an option outside its range; the message names it.
+    """
+
+    method: Method = field(default="abft", metadata={"help": "abft, or e2e for the cross-entropy baseline"})
+    pseudo_batch_size: int = field(default=32, metadata={"help": "prompts averaged for one optimizer step"})
+    wrong_penalty: float = field(default=0.5, metadata={"help": "A: weight of the mass on wrong labels"})
+    correct_award: float = field(default=1.0, metadata={"help": "B: weight of the mass missing on correct labels"})
+    adaption: Adaption = field(default="PID", metadata={"help": "what steers A: PID, P or none"})
+    pid_proportional: float = field(default=0.03, metadata={"help": "Cp"})
+    pid_integral: float = field(default=0.005, metadata={"help": "Ci"})
+    pid_derivative: float = field(default=0.005, metadata={"help": "Cd"})
+    head_filter: bool = field(default=True, metadata={"help": "train induction heads only"})
+    per_head_mean: bool = field(default=False, metadata={"help": "divide by the number of induction heads"})
+    lora: bool = field(default=False, metadata={"help": "train LoRA adapters on q and k instead of W_Q and W_K"})
+    lora_r: int = field(default=16, metadata={"help": "rank of LoRA"})
+    lora_alpha: int = field(default=32, metadata={"help": "alpha of LoRA"})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "modules that LoRA adapts"})
+
+    learning_rate: float | None = field(default=None, metadata={"help": "None: 2e-5 (full), 1e-4 (LoRA)"})  # type: ignore[assignment]
+    num_train_epochs: float = 2
+    per_device_train_batch_size: int = 8
+    lr_scheduler_type: str = "constant"  # type: ignore[assignment]
+    max_grad_norm: float = 0.0
+    logging_steps: float = 1
+    save_strategy: str = "epoch"  # type: ignore[assignment]
+    remove_unused_columns: bool | None = False
+    report_to: None | str | list[str] = "none"
+
+    def __post_init__(self) -> None:
+        if self.method not in ("abft", "e2e"):
+            raise ValueError(f"method must be 'abft' or 'e2e', got {self.method!r}")
+        for name in ("wrong_penalty", "correct_award"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.learning_rate is None:
+            self.learning_rate = 1e-4 if self.lora else 2e-5
+        super().__post_init__()
+        prompts_at_once = self.per_device_train_batch_size * self.world_size
+        if self.pseudo_batch_size % prompts_at_once:
+            raise ValueError(
+                f"pseudo_batch_size={self.pseudo_batch_size} is no multiple of per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} × {self.world_size} processes; choose a batch size that divides it"
+            )
+        self.gradient_accumulation_steps = self.pseudo_batch_size // prompts_at_once
+
+
+class HeadCountState(TrainerCallback, ExportableState):
+    """Ends ABFT's optimizer steps, and carries the controller's state through the Trainer's checkpoints."""
+
+    def __init__(self, controller: HeadCountController | None = None, finish_step: Any = None) -> None:
+        self.controller = controller or HeadCountController()
+        self.finish_step = finish_step
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        return {"args": {}, "attributes": self.controller.state_dict()}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved is not None:
+            self.controller.load_state_dict(saved["attributes"])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.finish_step()
+
+
+class ABFTTrainer(Trainer):
+    """Trains W_Q and W_K with the attention loss, or end to end, on in-context-learning prompts.
+
+    Args:
+        model: a causal decoder of transformers; switched to the `"abft"` attention, its other parameters frozen (and
+            wrapped by PEFT if `args.lora`: use `trainer.model` afterwards).
+        args: options.
+        train_dataset: prompts, batched with padding.
+        builder: the prompts' builder.
+        eval_dataset: prompts on which :meth:`evaluate` reports accuracy, macro-F1, likelihood and ECE.
+        kwargs: handed to `transformers.Trainer` (callbacks, optimizers, …).
+
+    Raises:
+        ValueError: no prompts; weight decay on a fused projection, which would move v.
+        NotImplementedError: a model that cannot take the attention (see :func:`abft.attention.enable`).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: ABFTConfig,
+        train_dataset: Sequence[Prompt],
+        builder: PromptBuilder,
+        eval_dataset: Sequence[Prompt] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not len(train_dataset):
+            raise ValueError("train_dataset is empty; pass the prompts to train on")
+        enable(model)
+        self.trained: list[TrainedParameter] = []
+        if args.lora:
+            model = lora_qk(
+                model, r=args.lora_r, alpha=args.lora_alpha, target_modules=args.lora_target_modules
+            )  # type: ignore[assignment]
+        else:
+            self.trained = train_qk(model)
+            if args.weight_decay and any(item.fused for item in self.trained):
+                raise ValueError(
+                    f"weight_decay={args.weight_decay} would move the value part of {self.trained[0].name}; set it to 0, or "
+                    "train with LoRA"
+                )
+        self.builder = builder
+        self.controller = HeadCountController(
+            args.wrong_penalty, args.adaption, args.pid_proportional, args.pid_integral, args.pid_derivative
+        )
+        self._step_sums: dict[str, Tensor] = {}
+        self._step_logs: dict[str, float] = {}
+        self._warned_collapse = False
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            data_collator=PromptCollator(builder), **kwargs,
+        )  # fmt: skip
+        # The loss below is already a share of the pseudo-batch's mean; Trainer must not divide it again.
+        self.model_accepts_loss_kwargs = True
+        self.add_callback(HeadCountState(self.controller, self._finish_step))
+
+    # --- loss ---------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of one optimizer step, and the number of prompts in all of them on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        prompts = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
+        return batches, self.accelerator.gather(prompts).sum() if self.args.world_size > 1 else prompts
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of a micro-batch: its prompts' sum over the prompts of the whole pseudo-batch."""
+        compute = self._abft_per_prompt if self.args.method == "abft" else self._e2e_per_prompt
+        per_prompt, outputs = compute(model, inputs)
+        prompts = len(per_prompt) if num_items_in_batch is None else num_items_in_batch
+        # Data-parallel engines average gradients over the processes; the pseudo-batch spans them all.
+        loss = per_prompt.sum() / prompts * (1 if num_items_in_batch is None else self.args.world_size)
+        return (loss, outputs) if return_outputs else loss
+
+    def _abft_per_prompt(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        outputs = forward_with_mass(model, **_model_inputs(inputs), **_mass_inputs(inputs))
+        result = abft_loss(
+            outputs.attentions, inputs["correct_demonstrations"], inputs["demonstrations"], inputs["prompt_lengths"],
+            wrong_penalty=self.controller.wrong_penalty, correct_award=self.args.correct_award,
+            head_filter=self.args.head_filter, per_head_mean=self.args.per_head_mean,
+        )  # fmt: skip
+        counts = result.head_counts.sum().to(torch.float32)
+        sums = {
+            "prompts": torch.tensor(float(len(result.per_prompt)), device=counts.device),
+            "heads": counts,
+            "mass_correct": torch.nan_to_num(result.mass_correct) * counts,
+            "mass_wrong": torch.nan_to_num(result.mass_wrong) * counts,
+        }
+        for name, value in sums.items():
+            self._step_sums[name] = self._step_sums.get(name, torch.zeros_like(value)) + value.detach()
+        return result.per_prompt, outputs
+
+    def _e2e_per_prompt(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        last = inputs["query_positions"][:, 0]
+        wanted, column = last.unique(return_inverse=True)
+        outputs = model(**_model_inputs(inputs), use_cache=False, logits_to_keep=wanted)
+        logits = outputs.logits[torch.arange(len(last), device=last.device), column]
+        return F.cross_entropy(logits.float(), inputs["label_ids"], reduction="none"), outputs
+
+    # --- steps, logs --------------------------------------------------------------------------------------
+
+    def _finish_step(self) -> None:
+        """After an optimizer step: head counts over all processes, the next A, the log line."""
+        if not self._step_sums:
+            return
+        names = list(self._step_sums)
+        sums = torch.stack([self._step_sums[name] for name in names])
+        totals = dict(zip(names, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
+        self._step_sums = {}
+        used_penalty = self.controller.wrong_penalty
+        head_count = totals["heads"] / totals["prompts"]
+        self.controller.update(head_count)
+        heads = max(totals["heads"], 1.0)
+        self._step_logs = {
+            "induction_heads": head_count,
+            "wrong_penalty": used_penalty,
+            "mass_correct": totals["mass_correct"] / heads,
+            "mass_wrong": totals["mass_wrong"] / heads,
+        }
+        if self.controller.collapsed and not self._warned_collapse:
+            self._warned_collapse = True
+            first = self.controller.head_counts[0]
+            warnings.warn(
+                f"step {len(self.controller.head_counts)}: induction heads per prompt fell from {first:.2f} to "
+                f"{head_count:.2f}; attention is collapsing. Lower the learning rate (now {self.args.learning_rate:g})"
+                if first
+                else "no head passes the induction-head filter, so nothing is trained: this model does not look at label "
+                "tokens. Use a larger model, more demonstrations, or head_filter=False",
+                stacklevel=2,
+            )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._step_logs}
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: Sequence[Prompt] | None = None,
+        ignore_keys: Iterable[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """In-context accuracy, macro-F1, likelihood and ECE of the current model on `eval_dataset`."""
+        prompts = self.eval_dataset if eval_dataset is None else eval_dataset
+        if prompts is None:
+            raise ValueError("no eval_dataset: pass the prompts to evaluate on")
+        result = evaluate(
+            self.model, prompts, self.builder,  # type: ignore[arg-type]
+            batch_size=self.args.per_device_eval_batch_size, progress=not self.args.disable_tqdm,
+        )  # fmt: skip
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.to_dict().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # --- saving -------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.trained:
+            super()._save(output_dir, state_dict)
+            return
+        if self.args.should_save:
+            options = {key: value for key, value in asdict(self.args).items() if key in _RECORDED}
+            save_trained(self.accelerator.unwrap_model(self.model), self.trained, output_dir or self.args.output_dir, **options)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.trained:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint of a run that was written to its end, or None.
+
+    Trainer writes `trainer_state.json` last, so a checkpoint without it was cut off.
+    """
+    checkpoints = [
+        (int(path.name.rsplit("-", 1)[1]), path)
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rsplit("-", 1)[1].isdigit() and (path / TRAINER_STATE_NAME).is_file()
+    ]
+    return str(max(checkpoints)[1]) if checkpoints else None
+
+
+_RECORDED = (
+    "method", "pseudo_batch_size", "wrong_penalty", "correct_award", "adaption", "pid_proportional", "pid_integral",
+    "pid_derivative", "head_filter", "per_head_mean", "learning_rate", "num_train_epochs", "seed",
+)  # fmt: skip
+
+
+def _model_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
+
+
+def _mass_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: inputs[name] for name in ("key_groups", "query_positions")}
