@@ -1,0 +1,305 @@
+"""The command line: `abft doctor | train | eval | demo`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+# Everything heavy is imported in the commands, so that `abft --version` and usage errors answer at once.
+
+_USAGE = """usage: abft COMMAND [OPTIONS]
+
+  doctor   what is installed, and which attention-mass backends work here
+  train    train W_Q and W_K of a model with ABFT, or its E2E baseline, on labelled texts
+  eval     in-context accuracy, macro-F1, likelihood, ECE and induction heads, before and after training
+  demo     train and evaluate the built-in model; no download, no GPU
+
+  abft COMMAND --help    options of a command
+  abft --version"""
+
+
+@dataclass(kw_only=True)
+class PromptOptions:
+    """The model, and how its prompts are made."""
+
+    model: str = field(metadata={"help": "base model: a local folder or a name on the Hugging Face Hub"})
+    task: str | None = field(default=None, metadata={"help": "built-in template and label words, such as SST2 or 0"})
+    labels: list[str] | None = field(
+        default=None,
+        metadata={"help": "label words in class order; default: the task's, else those in the file, sorted"},
+    )
+    text_prefix: str | None = field(
+        default=None, metadata={"help": "before each text; default: the task's or 'sentence:'"}
+    )
+    label_prefix: str | None = field(
+        default=None, metadata={"help": "before each label; default: the task's or 'sentiment:'"}
+    )
+    text_column: str = field(default="text", metadata={"help": "column of the texts"})
+    label_column: str = field(default="label", metadata={"help": "column of the labels"})
+    k: int = field(default=4, metadata={"help": "demonstrations per prompt"})
+    prompt_seed: int = field(default=0, metadata={"help": "seed of the draw of demonstrations"})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16"})
+
+
+@dataclass(kw_only=True)
+class TrainOptions(PromptOptions):
+    """What to train on."""
+
+    train_file: str = field(metadata={"help": "JSONL or CSV of labelled texts"})
+    demonstration_file: str | None = field(
+        default=None, metadata={"help": "texts to draw demonstrations from; default: the rest of train_file"}
+    )
+    num_prompts: int = field(default=512, metadata={"help": "training prompts, each with a query of its own"})
+
+
+@dataclass(kw_only=True)
+class EvalOptions(PromptOptions):
+    """What to evaluate."""
+
+    test_file: str = field(metadata={"help": "JSONL or CSV of labelled texts: the queries"})
+    demonstration_file: str = field(metadata={"help": "JSONL or CSV of texts to draw demonstrations from"})
+    trained: list[str] = field(default_factory=list, metadata={"help": "folders that `abft train` wrote, to compare"})
+    num_prompts: int | None = field(default=None, metadata={"help": "queries to use; default: all"})
+    batch_size: int = field(default=32, metadata={"help": "prompts per forward pass"})
+    output: str = field(default="eval.json", metadata={"help": "JSON to write, with a picture of the heads beside it"})
+    quiet: bool = field(default=False, metadata={"help": "no progress bars"})
+
+
+@dataclass
+class DemoOptions:
+    """The built-in model: vanilla against ABFT and E2E."""
+
+    output: str = field(default="demo_run", metadata={"help": "folder of the results; what it already holds is kept"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "training seeds"})
+    quiet: bool = field(default=False, metadata={"help": "no progress bars"})
+
+
+def _parse(command: str, arguments: Sequence[str], *types: Any) -> tuple[Any, ...]:
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(list(types), prog=f"abft {command}", description=types[0].__doc__)
+    parsed = parser.parse_args_into_dataclasses(list(arguments))
+    return tuple(parsed)
+
+
+def _task(options: PromptOptions, labels: Sequence[str] | None = None) -> Any:
+    """The task of the options; `labels` are those found in a file."""
+    from abft.tasks import Task, Template, get_task
+
+    if options.task is not None:
+        task = get_task(int(options.task) if options.task.isdigit() else options.task)
+    else:
+        task = Task("custom", tuple(options.labels or labels or ()), Template())
+    changes = {name: value for name in ("text_prefix", "label_prefix") if (value := getattr(options, name)) is not None}
+    template = dataclasses.replace(task.template, **changes)
+    return dataclasses.replace(task, template=template, labels=tuple(options.labels or task.labels))
+
+
+def _known_labels(options: PromptOptions) -> Sequence[str] | None:
+    if options.labels is not None or options.task is not None:
+        return _task(options).labels
+    return None
+
+
+def _load_base(options: PromptOptions) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import abft.attention
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=options.dtype, attn_implementation=abft.attention.ATTENTION
+    )
+    return model, tokenizer
+
+
+def _builder(model: Any, tokenizer: Any, task: Any) -> Any:
+    from abft.prompts import PromptBuilder
+
+    return PromptBuilder(tokenizer, task, max_length=getattr(model.config, "max_position_embeddings", None))
+
+
+def _load(path: str, options: PromptOptions, labels: Sequence[str] | None) -> tuple[list[Any], tuple[str, ...]]:
+    from abft.data import load_examples
+
+    return load_examples(path, labels, text_column=options.text_column, label_column=options.label_column)
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    from abft.doctor import doctor
+
+    _parse_nothing("doctor", arguments)
+    return doctor()
+
+
+def _parse_nothing(command: str, arguments: Sequence[str]) -> None:
+    import argparse
+
+    argparse.ArgumentParser(prog=f"abft {command}").parse_args(list(arguments))
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from abft.data import split_examples
+    from abft.progress import TrainingProgress
+    from abft.prompts import sample_prompts
+    from abft.report import save_figure, training_figure
+    from abft.training import ABFTConfig, ABFTTrainer, last_complete_checkpoint
+    from abft.weights import is_trained_folder, write_json
+
+    options, config = _parse("train", arguments, TrainOptions, ABFTConfig)
+    console = Console()
+    if config.output_dir is None:
+        raise ValueError("--output_dir is missing: give the folder to write")
+    if is_trained_folder(config.output_dir):
+        raise ValueError(
+            f"output_dir {config.output_dir!r} already holds a finished run; choose another, or delete it to train anew"
+        )
+    labels = _known_labels(options)
+    examples, labels = _load(options.train_file, options, labels)
+    if options.demonstration_file is not None:
+        pool, _ = _load(options.demonstration_file, options, labels)
+        sizes = {"queries": options.num_prompts}
+    else:
+        pool = []
+        sizes = {"queries": options.num_prompts, "pool": len(examples) - options.num_prompts}
+        if sizes["pool"] < options.k + 1:
+            raise ValueError(
+                f"{options.train_file} has {len(examples)} examples: {options.num_prompts} queries leave "
+                f"{max(0, sizes['pool'])} for {options.k} demonstrations; lower --num_prompts, or give "
+                "--demonstration_file"
+            )
+    parts = split_examples(examples, sizes, seed=options.prompt_seed)
+    pool = pool or parts["pool"]
+    checkpoint = last_complete_checkpoint(config.output_dir)
+
+    model, tokenizer = _load_base(options)
+    builder = _builder(model, tokenizer, _task(options, labels))
+    prompts = sample_prompts(builder, parts["queries"], pool, options.k, options.prompt_seed)
+    progress = TrainingProgress(config.method.upper(), enabled=not config.disable_tqdm)
+    trainer = ABFTTrainer(model, config, prompts, builder, callbacks=[progress])
+    for noisy in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(noisy)
+    if checkpoint is not None:
+        console.print(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    output = Path(config.output_dir)
+    history = trainer.state.log_history
+    if trainer.is_world_process_zero():
+        write_json(output / "training.json", {**_provenance(options), "history": history})
+        save_figure(training_figure(history), output / "training.png")
+    trainer.save_model()
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    console.print(
+        f"{config.method.upper()}: {len(losses)} steps over {len(prompts)} prompts, "
+        f"loss {losses[0]:.4g} → {losses[-1]:.4g}; weights and training.png in {output}"
+    )
+    return 0
+
+
+def _eval(arguments: Sequence[str]) -> int:
+    from abft.evaluation import evaluate
+    from abft.prompts import sample_prompts
+    from abft.report import head_figure, metrics_table, save_figure
+    from abft.statistics import head_statistics
+    from abft.weights import from_pretrained, is_trained_folder, write_json
+
+    (options,) = _parse("eval", arguments, EvalOptions)
+    for folder in options.trained:
+        if not is_trained_folder(folder):
+            raise ValueError(f"--trained {folder!r} holds no trained weights; give a folder that `abft train` finished")
+    pool, labels = _load(options.demonstration_file, options, _known_labels(options))
+    queries, _ = _load(options.test_file, options, labels)
+    queries = queries[: options.num_prompts]
+    model, tokenizer = _load_base(options)
+    builder = _builder(model, tokenizer, _task(options, labels))
+    prompts = sample_prompts(builder, queries, pool, options.k, options.prompt_seed)
+
+    shared = {"batch_size": options.batch_size, "progress": not options.quiet}
+    runs: dict[str, dict[str, Any]] = {}
+    statistics = {}
+    for name in ["vanilla", *options.trained]:
+        if name != "vanilla":
+            model = from_pretrained(name, options.model, dtype=options.dtype)
+        model.to(_device())
+        metrics = evaluate(model, prompts, builder, **shared).to_dict()
+        statistics[name] = head_statistics(model, prompts, builder, **shared)
+        runs[name] = {**metrics, **statistics[name].to_dict()}
+    write_json(options.output, {**_provenance(options), "runs": runs})
+    console = Console()
+    console.print(metrics_table(runs, f"{len(prompts)} prompts, k = {options.k}"))
+    for name in options.trained:
+        picture = Path(options.output).with_suffix("").as_posix() + f"-{Path(name).name}.png"
+        save_figure(head_figure(statistics["vanilla"], statistics[name], ("vanilla", Path(name).name)), picture)
+    console.print(f"written: {options.output}")
+    return 0
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _provenance(options: Any) -> dict[str, Any]:
+    from datetime import datetime, timezone
+
+    from abft.doctor import versions
+
+    return {
+        "command": ["abft", *sys.argv[1:]],
+        "options": dataclasses.asdict(options),
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    from abft.demo.run import run_demo
+
+    (options,) = _parse("demo", arguments, DemoOptions)
+    return run_demo(Path(options.output), options.seeds, progress=not options.quiet)
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "doctor": _doctor,
+    "train": _train,
+    "eval": _eval,
+    "demo": _demo,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 1 for a failed check, 2 for bad input, 130 if interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"abft {metadata.version('abft')}")
+        return 0
+    command = _COMMANDS.get(arguments[0])
+    if command is None:
+        print(f"abft: no command {arguments[0]!r}\n\n{_USAGE}", file=sys.stderr)
+        return 2
+    try:
+        return command(arguments[1:])
+    except (ValueError, OSError, NotImplementedError) as error:
+        print(f"abft {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"abft {arguments[0]}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
