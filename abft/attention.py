@@ -16,6 +16,8 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
@@ -31,9 +33,21 @@ _Model = TypeVar("_Model", bound=nn.Module)
 _UNSUPPORTED = {
     "softcap": "logit soft-capping",
     "s_aux": "attention sinks",
+    "sinks": "attention sinks",
     "position_bias": "an additive position bias",
+    "alibi": "an additive position bias",
+    "head_mask": "a head mask",
+    "indices": "a choice of keys of its own",
+    "block_indices": "a choice of keys of its own",
     "cu_seq_lens_q": "packed sequences",
+    "cache": "a paged cache",
 }
+# Tensors that models hand down beside these, and that leave the scores as they are.
+_HARMLESS = {"position_ids", "cache_position", "position_embeddings", "num_items_in_batch", "labels", "input_ids",
+             "inputs_embeds", "logits_to_keep", "mm_token_type_ids", "token_type_ids"}  # fmt: skip
+
+# Before 5.3 some language-model heads (GPT-2's) do not hand unknown arguments down to the decoder.
+_HEADS_PASS_ARGUMENTS = Version(transformers.__version__) >= Version("5.3")
 
 
 def _unsupported(module: nn.Module, what: str) -> NotImplementedError:
@@ -59,50 +73,70 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Output `(B, N, H, D)` and mass `(B, H, R, G)`; without `key_groups` plain attention and None."""
-    for name, what in _UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            raise _unsupported(module, what)
+    for name, argument in kwargs.items():
+        if argument is not None and name in _UNSUPPORTED:
+            raise _unsupported(module, _UNSUPPORTED[name])
+        if isinstance(argument, Tensor) and name not in _HARMLESS:
+            raise _unsupported(module, f"an argument {name!r} that is not known here")
+    of_its_own = getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(
+        module, "scale_attn_weights", True
+    )
+    if scaling is None and of_its_own:
+        raise _unsupported(module, "a scale of the scores that it does not pass on")
     window = kwargs.get("sliding_window")
     if window is not None and key.shape[2] > window:
         raise _unsupported(module, f"a sliding window of {window} tokens over {key.shape[2]} keys")
     if value.shape[-1] != query.shape[-1]:
         raise _unsupported(module, f"values of head_dim {value.shape[-1]} beside keys of {query.shape[-1]}")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     bounds: dict[str, Any] = {}
     if attention_mask is not None:
-        if attention_mask.dim() != 2 or attention_mask.dtype != torch.int32:
+        if attention_mask.dtype != torch.int32 or attention_mask.dim() != 2 or attention_mask.shape[1] > 2:
             raise _unsupported(module, f"an attention mask of its own, of shape {tuple(attention_mask.shape)}")
-        bounds["seq_lens"] = attention_mask[:, 0]
-        if attention_mask.shape[1] == 2:
-            bounds["seq_starts"] = attention_mask[:, 1]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if attention_mask.shape[1] == 0:
+            raise NotImplementedError(_NOT_PLAIN)
+        causal = True  # bounds come from `_mask` alone, and stand for a causal mask
+        bounds = dict(zip(("seq_lens", "seq_starts"), attention_mask.T.contiguous(), strict=False))
     shared = {**bounds, "causal": causal, "scale": scaling, "dropout_p": dropout, "backend": attention_backend}
     if key_groups is None:
-        return attention(query, key, value, **shared).transpose(1, 2), None
+        return attention(query, key, value, **shared).transpose(1, 2).contiguous(), None
+    if not causal:
+        raise _unsupported(module, "bidirectional or cross attention")
     if query_positions is not None and query_positions.shape[1] == query.shape[2] == 1:
         query_positions = None  # decoding: the only row there is
-    out, mass = mass_attention(
-        query, key, value, key_groups, num_key_groups, row_positions=query_positions, **shared
-    )
-    return out.transpose(1, 2), mass
+    out, mass = mass_attention(query, key, value, key_groups, num_key_groups, row_positions=query_positions, **shared)
+    return out.transpose(1, 2).contiguous(), mass
 
 
-def _is_plain_causal(mask_function: Any, batch: int, first: int, last: int) -> bool:
-    """Whether rows `first … last − 1` see exactly the keys up to themselves.
+_NOT_PLAIN = (
+    "the 'abft' attention serves causal masks with padding; this model or batch asks for another one (a sliding "
+    "window shorter than the input, packed sequences told by position_ids, bidirectional blocks). Pass an "
+    "attention_mask to have position_ids taken as padding, or use attn_implementation='sdpa'"
+)
 
-    Windows, chunks and packed sequences hide the first key from some row, look-ahead shows the next one.
+
+def _is_plain_causal(mask_function: Any, sample: int, first: int, start: int, end: int, device: Any) -> bool:
+    """Whether the rows `first … end − 1` of a sample see all its keys from `start` up to themselves, and no more.
+
+    Looks at O(N) of the N² entries, enough for every mask that is made of windows, chunks, blocks, prefixes and
+    packed sequences: all keys of the first and the last row, and of each row the first, the middle, its own, the
+    next and the last.
     """
     if mask_function is causal_mask_function:
         return True
-    rows = torch.arange(first, last)
-    none = torch.zeros_like(rows)
-
-    def seen(sample: int, keys: Tensor) -> Tensor:
-        visible = mask_function(torch.tensor(sample), torch.tensor(0), rows, keys)
-        return torch.as_tensor(visible).expand(rows.shape)
-
+    if start >= end or first >= end:
+        return True
+    first = max(first, start)
+    rows = torch.arange(first, end, device=device)
+    keys = torch.arange(start, end, device=device)
+    same = torch.ones_like(rows)
+    probes = [(torch.full_like(keys, row), keys) for row in (first, end - 1)]
+    probes += [(rows, k) for k in (same * start, (rows + start) // 2, rows, (rows + 1).clamp(max=end - 1))]
+    probes.append((rows, same * (end - 1)))
+    batch, head = torch.tensor(sample, device=device), torch.tensor(0, device=device)
     return all(
-        bool(seen(b, none).all()) and bool(seen(b, rows).all()) and not bool(seen(b, rows + 1)[:-1].any())
-        for b in range(batch)
+        torch.equal(torch.as_tensor(mask_function(batch, head, r, k), device=device).expand(r.shape), k <= r)
+        for r, k in probes
     )
 
 
@@ -115,14 +149,17 @@ def _mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     cache_position: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | None = None,
     **_: Any,
 ) -> Tensor | None:
     """The mask as int32 `(B, 1)` lengths, or `(B, 2)` lengths and starts if padded on the left; None if whole.
 
-    Raises NotImplementedError for any mask but a causal one with padding at the ends of the samples.
+    A mask that is not causal with padding at the ends of the samples becomes `(B, 0)`, which the attention refuses:
+    models make masks for kinds of layers that they may not have.
     """
-    if cache_position is not None:  # transformers before 5.6 gives the query positions instead
-        q_length, q_offset = len(cache_position), int(cache_position[0])
+    if cache_position is not None:  # transformers before 5.4 gives the query positions instead
+        q_length, q_offset, device = len(cache_position), int(cache_position[0]), cache_position.device
     if q_length is None:
         raise TypeError("this release of transformers gives the mask neither q_length nor cache_position")
     if q_offset + q_length != kv_length + kv_offset:
@@ -130,18 +167,36 @@ def _mask(
             f"the cache holds {kv_length} keys for queries that end at {q_offset + q_length}: the 'abft' attention "
             "aligns the last query with the last key; use the default DynamicCache"
         )
-    try:
-        plain = _is_plain_causal(mask_function, batch_size, int(q_offset), int(q_offset) + q_length)
-    except (IndexError, RuntimeError) as error:
-        raise NotImplementedError(f"the 'abft' attention cannot read this model's mask: {error}") from error
-    if not plain:
-        raise NotImplementedError(
-            "the 'abft' attention serves causal masks with padding; this model or batch asks for another one (a "
-            "sliding window shorter than the input, packed sequences told by position_ids, bidirectional blocks). "
-            "Pass an attention_mask to have position_ids taken as padding, or use attn_implementation='sdpa'"
+    bounds = None
+    ends = [kv_offset + kv_length] * batch_size
+    starts = [0] * batch_size  # a cache that has dropped keys is a sliding window
+    if attention_mask is not None and not attention_mask.all():
+        bounds, device = _padding(attention_mask, kv_length), attention_mask.device
+        if mask_function is not causal_mask_function:
+            starts = [kv_offset + int(start) for start in bounds[:, 1]]
+            ends = [start + int(length) for start, length in zip(starts, bounds[:, 0], strict=True)]
+    if mask_function is not causal_mask_function:
+        for sample, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            try:
+                plain = _is_plain_causal(mask_function, sample, int(q_offset), start, end, device)
+            except (IndexError, RuntimeError) as error:
+                raise NotImplementedError(f"the 'abft' attention cannot read this model's mask: {error}") from error
+            if not plain:
+                return torch.empty((batch_size, 0), dtype=torch.int32, device=device)
+    if bounds is None:
+        if allow_is_causal_skip:
+            return None
+        return torch.full((batch_size, 1), kv_length, dtype=torch.int32, device=device)
+    return bounds if bounds[:, 1].any() else bounds[:, :1]
+
+
+def _padding(attention_mask: Tensor, kv_length: int) -> Tensor:
+    """Lengths and starts of the samples, int32 `(B, 2)`, from a padding mask."""
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_length:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not cover the {kv_length} keys; "
+            "with a cache it must cover the cached tokens too"
         )
-    if attention_mask is None or attention_mask.all():
-        return None
     padding_mask = attention_mask[:, -kv_length:].to(torch.bool)
     lengths = padding_mask.sum(dim=1)
     starts = padding_mask.to(torch.int8).argmax(dim=1)
@@ -153,8 +208,7 @@ def _mask(
             f"attention_mask of sample {sample} has a hole: its ones must be consecutive, with padding on the "
             "left or the right only"
         )
-    columns = [lengths] if not starts.any() else [lengths, starts]
-    return torch.stack(columns, dim=1).to(torch.int32)
+    return torch.stack([lengths, starts], dim=1).to(torch.int32)
 
 
 AttentionInterface.register(ATTENTION, _attention_forward)
@@ -192,6 +246,14 @@ def enable(model: _Model) -> _Model:
         NotImplementedError: the model is no causal decoder that uses transformers' attention interface.
     """
     inner = _transformer(model)
+    _check_architecture(inner)
+    inner.set_attn_implementation(ATTENTION)
+    if not is_enabled(inner):
+        raise NotImplementedError(f"{type(inner).__name__} did not take attn_implementation={ATTENTION!r}")
+    return model
+
+
+def _check_architecture(inner: PreTrainedModel) -> None:
     name = type(inner).__name__
     if inner.config.is_encoder_decoder:
         raise NotImplementedError(f"{name} is an encoder-decoder; attention masses are for causal decoders")
@@ -200,10 +262,6 @@ def enable(model: _Model) -> _Model:
             f"{name} computes attention in code of its own and not through transformers' AttentionInterface, so no "
             "mass can be read from it; use a model that supports attn_implementation='sdpa' by that interface"
         )
-    inner.set_attn_implementation(ATTENTION)
-    if not is_enabled(inner):
-        raise NotImplementedError(f"{name} did not take attn_implementation={ATTENTION!r}")
-    return model
 
 
 def attention_mass(
@@ -240,8 +298,16 @@ def attention_mass(
     return outputs.attentions
 
 
-def forward_with_mass(model: nn.Module, *, attention_mask: Tensor | None, position_ids: Tensor | None = None,
-                      **kwargs: Any) -> Any:  # fmt: skip
+def forward_with_mass(
+    model: nn.Module,
+    *,
+    input_ids: Tensor,
+    key_groups: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
     """`model(...)` with `outputs.attentions` holding the masses of every layer; logits of one position only."""
     inner = _transformer(model)
     if not is_enabled(inner):
@@ -249,18 +315,35 @@ def forward_with_mass(model: nn.Module, *, attention_mask: Tensor | None, positi
             f"the model runs on attn_implementation={inner.config.get_text_config()._attn_implementation!r}; "
             "call abft.enable(model) first"
         )
+    _check_architecture(inner)  # the name can also be set while loading
     if position_ids is None and attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    outputs = model(
-        attention_mask=attention_mask, position_ids=position_ids, output_attentions=True, use_cache=False,
-        logits_to_keep=1, **kwargs,
-    )  # fmt: skip
-    masses = outputs.attentions
+    num_key_groups = kwargs.pop("num_key_groups", 2)
+    asked = {"key_groups": key_groups, "num_key_groups": num_key_groups, "query_positions": query_positions}
+    kwargs = {"output_attentions": True, "use_cache": False, "logits_to_keep": 1, **kwargs}
+    hook = None
+    if not _HEADS_PASS_ARGUMENTS:
+        hook = inner.base_model.register_forward_pre_hook(_adding(asked), with_kwargs=True)
+        asked = {}
+    try:
+        outputs = model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **asked, **kwargs
+        )
+    finally:
+        if hook is not None:
+            hook.remove()
+    masses = getattr(outputs, "attentions", None) or ()
     expected = inner.config.get_text_config().num_hidden_layers
-    if masses is None or len(masses) != expected or any(mass is None for mass in masses):
-        got = 0 if masses is None else sum(mass is not None for mass in masses)
+    rows = input_ids.shape[1] if query_positions is None else query_positions.shape[1]
+    shape = (rows, num_key_groups)
+    got = sum(mass is not None and mass.dim() == 4 and mass.shape[2:] == shape for mass in masses)
+    if not len(masses) == got == expected:
         raise NotImplementedError(
             f"{type(inner).__name__} gave a mass for {got} of {expected} layers: some of its attention does not go "
             "through transformers' AttentionInterface"
         )
     return outputs
+
+
+def _adding(arguments: dict[str, Any]) -> Any:
+    return lambda module, args, kwargs: (args, {**kwargs, **arguments})

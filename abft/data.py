@@ -60,9 +60,7 @@ def load_examples(
             remedy.
     """
     if isinstance(labels, str):
-        raise TypeError(
-            f"labels must be a sequence of words, got the string {labels!r}; pass [{labels!r}, ...]"
-        )
+        raise TypeError(f"labels must be a sequence of words, got the string {labels!r}; pass [{labels!r}, ...]")
     class_names: tuple[str, ...] = ()
     if isinstance(source, (str, PathLike)):
         name, rows = str(source), _file_rows(Path(source))
@@ -84,9 +82,7 @@ def load_examples(
         texts.append(text)
         values.append((where, _label_value(_cell(row, label_column, where), where)))
     if not texts:
-        raise ValueError(
-            f"{name}: no examples; it needs one row or more with {text_column!r} and {label_column!r}"
-        )
+        raise ValueError(f"{name}: no examples; it needs one row or more with {text_column!r} and {label_column!r}")
 
     words = tuple(labels) if labels is not None else class_names or _infer_labels(values, name)
     index = {word: i for i, word in enumerate(words)}
@@ -150,9 +146,7 @@ def _json_rows(path: Path) -> _Rows:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
             if not isinstance(row, dict):
-                raise ValueError(
-                    f"{where}: {row!r} is not a JSON object; each line must be one, as in {{...}}"
-                )
+                raise ValueError(f"{where}: {row!r} is not a JSON object; each line must be one, as in {{...}}")
             yield where, row
 
 
@@ -163,18 +157,14 @@ def _csv_rows(path: Path) -> _Rows:
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in row:
-                    raise ValueError(
-                        f"{where}: more fields than the header has columns; quote fields with commas"
-                    )
+                    raise ValueError(f"{where}: more fields than the header has columns; quote fields with commas")
                 yield where, row
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path}, after line {reader.line_num}: not UTF-8 ({error}); re-encode the file"
             ) from error
         except csv.Error as error:
-            raise ValueError(
-                f"{path}, line {reader.line_num}: not CSV ({error}); check the quotes"
-            ) from error
+            raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error}); check the quotes") from error
 
 
 def _cell(row: Mapping[str, Any], column: str, where: str) -> Any:
@@ -200,8 +190,7 @@ def _infer_labels(values: Sequence[tuple[str, str | int]], name: str) -> tuple[s
     for where, value in values:
         if isinstance(value, int) or value.isdecimal():
             raise ValueError(
-                f"{where}: label {value!r} is a class index, and {name} does not say for which word; "
-                "pass labels"
+                f"{where}: label {value!r} is a class index, and {name} does not say for which word; pass labels"
             )
         words.add(value)
     return tuple(sorted(words))

@@ -84,9 +84,7 @@ class Evaluation:
         correct = (predictions == labels).double()
         accuracy = correct.mean().item()
 
-        confusion = torch.bincount(labels * classes + predictions, minlength=classes**2).view(
-            classes, classes
-        )
+        confusion = torch.bincount(labels * classes + predictions, minlength=classes**2).view(classes, classes)
         support = confusion.sum(dim=0) + confusion.sum(dim=1)
         occurs = support > 0
         f1 = 2 * confusion.diagonal()[occurs].double() / support[occurs]
@@ -134,9 +132,7 @@ def label_logits(
             ``nn.Linear``, a scaling of its logits that is not known here, or PEFT prompt tokens.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise NotImplementedError(
-            f"PEFT's {model.peft_type} adds prompt tokens; evaluate LoRA or merged weights"
-        )
+        raise NotImplementedError(f"PEFT's {model.peft_type} adds prompt tokens; evaluate LoRA or merged weights")
     causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head = causal_lm.get_output_embeddings()
     # A quantized or adapted head is either no nn.Linear or one whose weight does not have a row per token.
@@ -153,9 +149,7 @@ def label_logits(
             f"{', '.join(name for name, _ in causal_lm.named_children())}; load it as AutoModelForCausalLM"
         )
     decoder = parts[0]
-    inputs = {
-        name: batch[name].to(causal_lm.device) for name in ("input_ids", "attention_mask", "position_ids")
-    }
+    inputs = {name: batch[name].to(causal_lm.device) for name in ("input_ids", "attention_mask", "position_ids")}
     # Models without learned or rotary positions (ALiBi, recurrent) take no position_ids.
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         del inputs["position_ids"]

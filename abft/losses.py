@@ -78,7 +78,13 @@ def abft_loss(
         ValueError: shapes that do not fit, or a negative A or B.
     """
     if not isinstance(masses, Tensor):
-        masses = torch.stack([mass.squeeze(2) if mass.dim() == 4 else mass for mass in masses])
+        if any(mass.dim() == 4 and mass.shape[2] != 1 for mass in masses):
+            raise ValueError(
+                f"masses must be of one row per prompt, got {masses[0].shape[2]} rows; "
+                "ask the model for one query position"
+            )
+        device = correct_demonstrations.device  # the layers of a model may be spread over several
+        masses = torch.stack([(mass.squeeze(2) if mass.dim() == 4 else mass).to(device) for mass in masses])
     batch = correct_demonstrations.shape[0]
     if masses.dim() != 4 or masses.shape[1] != batch or masses.shape[3] != 2:
         raise ValueError(

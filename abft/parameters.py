@@ -34,7 +34,9 @@ class TrainedParameter:
 
     def view(self, tensor: Tensor) -> Tensor:
         """The trained part of `tensor`, without a copy."""
-        return tensor if self.dim is None else tensor.narrow(self.dim, 0, self.length)
+        if self.dim is None or self.length is None:
+            return tensor
+        return tensor.narrow(self.dim, 0, self.length)
 
 
 def _of_module(name: str, module: nn.Module) -> list[TrainedParameter]:
@@ -44,7 +46,9 @@ def _of_module(name: str, module: nn.Module) -> list[TrainedParameter]:
     if isinstance(fused := children.get("c_attn"), Conv1D) and fused.nf == 3 * fused.nx:
         return [TrainedParameter(f"{name}.c_attn.weight", dim=1, length=2 * fused.nx)]  # Conv1D: (in, out)
     fused = children.get("qkv_proj")
-    if isinstance(fused, nn.Linear) and hasattr(config := getattr(module, "config", None), "num_key_value_heads"):
+    # Elsewhere (CodeGen, MiniMax) a projection of this name interleaves q, k and v by head.
+    if isinstance(fused, nn.Linear) and type(module).__name__.startswith(("Phi3", "Phi4")):
+        config: Any = module.config
         head_dim = fused.out_features // (config.num_attention_heads + 2 * config.num_key_value_heads)
         rows = head_dim * (config.num_attention_heads + config.num_key_value_heads)
         return [TrainedParameter(f"{name}.qkv_proj.weight", dim=0, length=rows)]
@@ -55,7 +59,7 @@ def find_qk(model: nn.Module) -> list[TrainedParameter]:
     """The parameters that hold W_Q and W_K, one or two per attention layer, in the model's order.
 
     Raises:
-        ValueError: not every attention layer has projections of a known form.
+        ValueError: not every layer has projections of a known form.
     """
     found: list[TrainedParameter] = []
     layers = 0
@@ -67,8 +71,8 @@ def find_qk(model: nn.Module) -> list[TrainedParameter]:
     expected = config.get_text_config().num_hidden_layers if config is not None else layers
     if not found or layers != expected:
         raise ValueError(
-            f"found q and k projections in {layers} of {expected} layers of {type(model).__name__}; known are q_proj and "
-            "k_proj, GPT-2's c_attn, and qkv_proj. For other names train with LoRA and name them "
+            f"found q and k projections in {layers} of {expected} layers of {type(model).__name__}; known are "
+            "q_proj and k_proj, GPT-2's c_attn, and qkv_proj. For other names train with LoRA and name them "
             "(lora_target_modules)"
         )
     return found
@@ -85,6 +89,8 @@ def train_qk(model: PreTrainedModel) -> list[TrainedParameter]:
     parameters = dict(model.named_parameters())
     for item in trained:
         parameter = parameters[item.name]
+        if not parameter.is_floating_point():
+            raise ValueError(f"{item.name} is quantized to {parameter.dtype}; train it with LoRA (lora=True)")
         parameter.requires_grad_(True)
         if item.fused:
             parameter.register_hook(_keeping(item))
@@ -114,8 +120,8 @@ def lora_qk(
         trained = find_qk(model)
         if any(item.fused for item in trained):
             raise ValueError(
-                f"{type(model).__name__} computes q, k and v in one projection ({trained[0].name}); LoRA on it would train v "
-                "too. Train W_Q and W_K in full, or name other lora_target_modules"
+                f"{type(model).__name__} computes q, k and v in one projection ({trained[0].name}); LoRA on it "
+                "would train v too. Train W_Q and W_K in full, or name other lora_target_modules"
             )
         target_modules = sorted({item.name.split(".")[-2] for item in trained})
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}

@@ -70,9 +70,7 @@ class PromptBuilder:
             another.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, task: Task, *, max_length: int | None = None
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, task: Task, *, max_length: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.task = task
         self.max_length = max_length
@@ -80,8 +78,7 @@ class PromptBuilder:
         self._question_ids: dict[tuple[str, bool], list[int]] = {}
         self._leading = self._leading_special_tokens()
         self._labels = [
-            self._encode_after(template.label_prefix_segment, template.label_segment(label))
-            for label in task.labels
+            self._encode_after(template.label_prefix_segment, template.label_segment(label)) for label in task.labels
         ]
         self.label_token_ids = self._first_label_tokens()
 
@@ -146,9 +143,7 @@ class PromptBuilder:
                 raise ValueError(f"label {label!r} yields no token; choose another label word")
             token = self.tokenizer.convert_ids_to_tokens(ids[0])
             if ids[0] == self.tokenizer.unk_token_id:
-                raise ValueError(
-                    f"label {label!r} starts with the unknown token {token!r}; choose another label word"
-                )
+                raise ValueError(f"label {label!r} starts with the unknown token {token!r}; choose another label word")
             if ids[0] in owner:
                 raise ValueError(
                     f"labels {owner[ids[0]]!r} and {label!r} start with the same token {token!r} ({ids[0]}), "
@@ -189,8 +184,7 @@ def sample_prompts(
         raise ValueError(f"k must be 0 or more, got {k}")
     rng = random.Random(seed)
     candidates = {
-        label: [e for e in pool if e.label != label] if unseen_label else pool
-        for label in {q.label for q in queries}
+        label: [e for e in pool if e.label != label] if unseen_label else pool for label in {q.label for q in queries}
     }
     copies = Counter(example.text for example in pool)
     prompts = []

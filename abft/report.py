@@ -80,9 +80,9 @@ def head_figure(before: HeadStatistics, after: HeadStatistics, names: tuple[str,
     """Of each head's attention on labels, the share on correct ones, before and after; dots mark induction heads."""
     figure, axes = _figure(6.4, 3.0, 2, sharey=True)
     for axis, statistics, name in zip(axes, (before, after), names, strict=True):
-        image = axis.imshow(statistics.correct_share, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        image = axis.imshow(statistics.correct_share.numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
         layers, heads = torch.nonzero(statistics.induction_rate >= 0.5, as_tuple=True)
-        axis.plot(heads, layers, "o", color="white", markeredgecolor="black", markersize=7)
+        axis.plot(heads.numpy(), layers.numpy(), "o", color="white", markeredgecolor="black", markersize=7)
         axis.set_title(name)
         axis.set_xlabel("head")
         axis.set_xticks(range(statistics.correct_share.shape[1]))

@@ -111,6 +111,4 @@ def get_task(name_or_index: str | int) -> Task:
         ):
             return task
     known = ", ".join(f"{task.index} {task.name}" for task in TASKS)
-    raise ValueError(
-        f"unknown task {name_or_index!r}; known are {known}; for another, construct abft.tasks.Task"
-    )
+    raise ValueError(f"unknown task {name_or_index!r}; known are {known}; for another, construct abft.tasks.Task")

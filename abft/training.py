@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -82,12 +81,12 @@ class ABFTConfig(TrainingArguments):
     learning_rate: float | None = field(default=None, metadata={"help": "None: 2e-5 (full), 1e-4 (LoRA)"})  # type: ignore[assignment]
     num_train_epochs: float = 2
     per_device_train_batch_size: int = 8
-    lr_scheduler_type: str = "constant"  # type: ignore[assignment]
+    lr_scheduler_type: str = "constant"
     max_grad_norm: float = 0.0
     logging_steps: float = 1
-    save_strategy: str = "epoch"  # type: ignore[assignment]
-    remove_unused_columns: bool | None = False
-    report_to: None | str | list[str] = "none"
+    save_strategy: str = "epoch"
+    remove_unused_columns: bool = False
+    report_to: None | str | list[str] = "none"  # noqa: RUF036 (HfArgumentParser reads the order)
 
     def __post_init__(self) -> None:
         if self.method not in ("abft", "e2e"):
@@ -98,6 +97,14 @@ class ABFTConfig(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = 1e-4 if self.lora else 2e-5
         super().__post_init__()
+        self._n_gpu = min(self.n_gpu, 1)  # no nn.DataParallel, which would change the pseudo-batch; use torchrun
+        if self.pseudo_batch_size < 1 or self.per_device_train_batch_size < 1:
+            raise ValueError(
+                "pseudo_batch_size and per_device_train_batch_size must be at least 1, got "
+                f"{self.pseudo_batch_size} and {self.per_device_train_batch_size}"
+            )
+        if self.restore_callback_states_from_checkpoint:
+            raise ValueError("A and its history are always restored; leave restore_callback_states_from_checkpoint off")
         prompts_at_once = self.per_device_train_batch_size * self.world_size
         if self.pseudo_batch_size % prompts_at_once:
             raise ValueError(
@@ -143,6 +150,8 @@ class ABFTTrainer(Trainer):
         NotImplementedError: a model that cannot take the attention (see :func:`abft.attention.enable`).
     """
 
+    args: ABFTConfig
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -157,15 +166,19 @@ class ABFTTrainer(Trainer):
         enable(model)
         self.trained: list[TrainedParameter] = []
         if args.lora:
-            model = lora_qk(
-                model, r=args.lora_r, alpha=args.lora_alpha, target_modules=args.lora_target_modules
-            )  # type: ignore[assignment]
+            model = lora_qk(model, r=args.lora_r, alpha=args.lora_alpha, target_modules=args.lora_target_modules)  # type: ignore[assignment]
         else:
             self.trained = train_qk(model)
             if args.weight_decay and any(item.fused for item in self.trained):
                 raise ValueError(
-                    f"weight_decay={args.weight_decay} would move the value part of {self.trained[0].name}; set it to 0, or "
-                    "train with LoRA"
+                    f"weight_decay={args.weight_decay} would move the value part of {self.trained[0].name}; "
+                    "set it to 0, or train with LoRA"
+                )
+            if half := [dtype for dtype in _dtypes(model, self.trained) if dtype.itemsize < 4]:
+                warnings.warn(
+                    f"W_Q and W_K are in {half[0]}, which rounds most updates of learning_rate={args.learning_rate:g} "
+                    "away. Load the model with dtype=torch.float32 and set bf16=True for speed, or use lora=True",
+                    stacklevel=2,
                 )
         self.builder = builder
         self.controller = HeadCountController(
@@ -175,9 +188,14 @@ class ABFTTrainer(Trainer):
         self._step_logs: dict[str, float] = {}
         self._warned_collapse = False
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=PromptCollator(builder), **kwargs,
         )  # fmt: skip
+        if self.trained and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise NotImplementedError(
+                "FSDP and DeepSpeed split W_Q and W_K, which training them in full does not serve yet; use lora=True, "
+                "or plain data parallelism (torchrun)"
+            )
         # The loss below is already a share of the pseudo-batch's mean; Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.add_callback(HeadCountState(self.controller, self._finish_step))
@@ -219,7 +237,7 @@ class ABFTTrainer(Trainer):
             "mass_correct": torch.nan_to_num(result.mass_correct) * counts,
             "mass_wrong": torch.nan_to_num(result.mass_wrong) * counts,
         }
-        for name, value in sums.items():
+        for name, value in sums.items() if model.training else ():
             self._step_sums[name] = self._step_sums.get(name, torch.zeros_like(value)) + value.detach()
         return result.per_prompt, outputs
 
@@ -227,7 +245,9 @@ class ABFTTrainer(Trainer):
         last = inputs["query_positions"][:, 0]
         wanted, column = last.unique(return_inverse=True)
         outputs = model(**_model_inputs(inputs), use_cache=False, logits_to_keep=wanted)
-        logits = outputs.logits[torch.arange(len(last), device=last.device), column]
+        # A model without logits_to_keep gives the logits of every position.
+        kept = column if outputs.logits.shape[1] == len(wanted) else last
+        logits = outputs.logits[torch.arange(len(last), device=last.device), kept]
         return F.cross_entropy(logits.float(), inputs["label_ids"], reduction="none"), outputs
 
     # --- steps, logs --------------------------------------------------------------------------------------
@@ -257,8 +277,8 @@ class ABFTTrainer(Trainer):
                 f"step {len(self.controller.head_counts)}: induction heads per prompt fell from {first:.2f} to "
                 f"{head_count:.2f}; attention is collapsing. Lower the learning rate (now {self.args.learning_rate:g})"
                 if first
-                else "no head passes the induction-head filter, so nothing is trained: this model does not look at label "
-                "tokens. Use a larger model, more demonstrations, or head_filter=False",
+                else "no head passes the induction-head filter, so nothing is trained: this model does not "
+                "look at label tokens. Use a larger model, more demonstrations, or head_filter=False",
                 stacklevel=2,
             )
 
@@ -294,7 +314,8 @@ class ABFTTrainer(Trainer):
             return
         if self.args.should_save:
             options = {key: value for key, value in asdict(self.args).items() if key in _RECORDED}
-            save_trained(self.accelerator.unwrap_model(self.model), self.trained, output_dir or self.args.output_dir, **options)
+            model = self.accelerator.unwrap_model(self.model)
+            save_trained(model, self.trained, output_dir or str(self.args.output_dir), **options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.trained:
@@ -303,7 +324,8 @@ class ABFTTrainer(Trainer):
         load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.state.best_model_checkpoint is not None:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
@@ -323,6 +345,11 @@ _RECORDED = (
     "method", "pseudo_batch_size", "wrong_penalty", "correct_award", "adaption", "pid_proportional", "pid_integral",
     "pid_derivative", "head_filter", "per_head_mean", "learning_rate", "num_train_epochs", "seed",
 )  # fmt: skip
+
+
+def _dtypes(model: nn.Module, trained: list[TrainedParameter]) -> list[torch.dtype]:
+    parameters = dict(model.named_parameters())
+    return [parameters[item.name].dtype for item in trained]
 
 
 def _model_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -88,8 +88,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {config.get('format_version')!r}, this release reads {FORMAT_VERSION}; load it with "
-            "the release that wrote it"
+            f"{path} has format version {config.get('format_version')!r}, this release reads "
+            f"{FORMAT_VERSION}; load it with the release that wrote it"
         )
     return config
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from abft_kernels import ops, reference, torch_backend
+from abft_kernels.launch import widest_head_tile
 from abft_kernels.validation import (
-    MAX_HEAD_DIM,
     check_bounds,
     check_groups,
     check_heads,
@@ -30,14 +30,15 @@ def _triton_interpreted() -> bool:
     return INTERPRETED
 
 
-def _triton_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the Triton kernels cannot run here, or None if they can."""
+def _triton_reason(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton kernels cannot run here, or None if they can; `kernel` is "forward" (fused) or "rows"."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if dtype == torch.float64:
         return "the Triton kernels have no float64"
-    if head_dim > MAX_HEAD_DIM:
-        return f"head_dim {head_dim} is over {MAX_HEAD_DIM}"
+    widest = widest_head_tile(kernel, dtype.itemsize)
+    if head_dim > widest:
+        return f"head_dim {head_dim} is over {widest} in {str(dtype).removeprefix('torch.')}"
     if device.type != "cuda" and not _triton_interpreted():
         return f"the tensors are on {device.type}; set TRITON_INTERPRET=1 before Python starts to interpret"
     return None
@@ -45,17 +46,17 @@ def _triton_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 
 def available_backends(device: str | torch.device = "cpu") -> dict[str, str]:
     """Backend → `"available"`, or the reason why it is not, for bf16 tensors of head_dim 128 on `device`."""
-    reason = _triton_reason(torch.device(device), torch.bfloat16, 128)
+    reason = _triton_reason("forward", torch.device(device), torch.bfloat16, 128)
     return {"triton": reason or "available", "torch": "available", "reference": "available"}
 
 
-def _choose(backend: str, q: Tensor) -> str:
+def _choose(backend: str, q: Tensor, kernel: str) -> str:
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
     if backend == "auto":
         on_gpu = q.device.type == "cuda"
-        return "triton" if on_gpu and _triton_reason(q.device, q.dtype, q.shape[-1]) is None else "torch"
-    if backend == "triton" and (reason := _triton_reason(q.device, q.dtype, q.shape[-1])):
+        return "triton" if on_gpu and _triton_reason(kernel, q.device, q.dtype, q.shape[-1]) is None else "torch"
+    if backend == "triton" and (reason := _triton_reason(kernel, q.device, q.dtype, q.shape[-1])):
         raise NotImplementedError(f"backend 'triton' cannot run this: {reason}; backend='torch' can")
     return backend
 
@@ -107,13 +108,13 @@ def row_mass(
     groups = check_groups(key_groups, num_groups, k)
     positions = check_rows(row_positions, q_rows.shape[0], q_rows.shape[2], k.shape[2])
     starts, ends = check_bounds(seq_lens, seq_starts, q_rows.shape[0], None, k.shape[2], causal)
-    backend = _choose(backend, q_rows)
-    if backend == "reference":
+    chosen = _choose(backend, q_rows, "rows")
+    if chosen == "reference":
         return reference.row_mass_reference(
             q_rows, k, groups, num_groups, row_positions=positions, causal=causal, scale=scale,
             seq_lens=seq_lens, seq_starts=seq_starts, return_lse=return_lse,
         )  # fmt: skip
-    mass, lse = ops.row_mass_op(q_rows, k, groups, positions, starts, ends, num_groups, causal, scale, backend)
+    mass, lse = ops.row_mass_op(q_rows, k, groups, positions, starts, ends, num_groups, causal, scale, chosen)
     return (mass, lse) if return_lse else mass
 
 
@@ -139,7 +140,7 @@ def attention(
     check_heads({"q": q, "k": k, "v": v})
     scale = check_scale(scale, q.shape[-1])
     starts, ends = check_bounds(seq_lens, seq_starts, q.shape[0], q.shape[2], k.shape[2], causal)
-    chosen = _choose("torch" if backend == "auto" else backend, q)
+    chosen = _choose("torch" if backend == "auto" else backend, q, "forward")
     positions = _all_positions(q, k, causal)
     if chosen == "triton":
         _refuse_dropout(dropout_p)
@@ -224,7 +225,7 @@ def mass_attention(
     wanted = None
     if row_positions is not None:
         wanted = check_rows(row_positions, q.shape[0], None, k.shape[2], first=k.shape[2] - q.shape[2])
-    chosen = _choose(backend, q)
+    chosen = _choose(backend, q, "forward" if wanted is None else "rows")
     if wanted is None and chosen != "torch":
         _refuse_dropout(dropout_p)
     if chosen == "reference":

@@ -13,7 +13,7 @@ from abft_kernels import torch_backend
 
 # Schemas are inferred from the annotations, which must therefore be objects and not strings (no
 # `from __future__ import annotations` here).
-_OptTensor = Optional[Tensor]
+_OptTensor = Optional[Tensor]  # noqa: UP045
 
 
 def _accumulated(q: Tensor) -> torch.dtype:
@@ -76,9 +76,7 @@ def row_mass_backward_op(
         return rows.backward(
             dmass, dlse, q, k, groups, positions, starts, ends, mass, lse, causal, scale
         )  # fmt: skip
-    return torch_backend.row_mass_backward(
-        dmass, dlse, q, k, groups, positions, starts, ends, mass, lse, causal, scale
-    )
+    return torch_backend.row_mass_backward(dmass, dlse, q, k, groups, positions, starts, ends, mass, lse, causal, scale)
 
 
 @row_mass_backward_op.register_fake
@@ -154,9 +152,7 @@ def mass_attention_backward_op(
     """dq, dk and dv of :func:`mass_attention_op`; dv is empty when `do` is None."""
     from abft_kernels.triton import backward
 
-    return backward.backward(
-        do, dmass, dlse, q, k, v, groups, starts, ends, out, mass, lse, causal, scale
-    )
+    return backward.backward(do, dmass, dlse, q, k, v, groups, starts, ends, out, mass, lse, causal, scale)
 
 
 @mass_attention_backward_op.register_fake

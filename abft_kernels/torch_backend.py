@@ -77,7 +77,7 @@ class _RowChunks:
     def pack(self, x: Tensor, rows: slice) -> Tensor:
         """`(B, H, R, …)` → `(B, Hkv, group·r, …)` for the rows of one chunk, in the accumulation dtype."""
         x = x[:, :, rows].to(self.dtype)
-        return x.reshape(self.batch, self.kv_heads, -1, *x.shape[3:])
+        return x.reshape(self.batch, self.kv_heads, self.heads // self.kv_heads * x.shape[2], *x.shape[3:])
 
     def unpack(self, x: Tensor) -> Tensor:
         group = self.heads // self.kv_heads
@@ -172,9 +172,7 @@ def _roll(x: Tensor, shift: Tensor) -> Tensor:
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool, dropout_p: float
-) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool, dropout_p: float) -> Tensor:
     # PyTorch falls back to an N × N form where its kernels cannot run: for them the last dimension must be
     # contiguous, and heads equal in number if there is a mask or, on a GPU, in float32. On a CPU its grouped
     # gradients of k and v are summed over the heads in 16 bits, with twice the error.

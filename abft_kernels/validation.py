@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 MAX_GROUPS = 8
-MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -34,13 +33,9 @@ def check_heads(name_tensor: dict[str, Tensor]) -> None:
         if x.dtype != q.dtype:
             raise TypeError(f"{q_name} is {q.dtype} but {name} is {x.dtype}; cast both to one dtype")
         if x.device != q.device:
-            raise ValueError(
-                f"{q_name} is on {q.device} but {name} is on {x.device}; move both to one device"
-            )
+            raise ValueError(f"{q_name} is on {q.device} but {name} is on {x.device}; move both to one device")
         if x.shape[0] != q.shape[0] or x.shape[3] != q.shape[3]:
-            raise ValueError(
-                f"{q_name} {tuple(q.shape)} and {name} {tuple(x.shape)} differ in batch or head_dim"
-            )
+            raise ValueError(f"{q_name} {tuple(q.shape)} and {name} {tuple(x.shape)} differ in batch or head_dim")
         if x.shape[1] == 0 or q.shape[1] % x.shape[1]:
             raise ValueError(
                 f"{q_name} has {q.shape[1]} heads, not a multiple of the {x.shape[1]} heads of {name}; "
@@ -48,8 +43,7 @@ def check_heads(name_tensor: dict[str, Tensor]) -> None:
             )
     if "v" in name_tensor and name_tensor["v"].shape[1:3] != name_tensor["k"].shape[1:3]:
         raise ValueError(
-            f"k {tuple(name_tensor['k'].shape)} and v {tuple(name_tensor['v'].shape)} "
-            "differ in heads or length"
+            f"k {tuple(name_tensor['k'].shape)} and v {tuple(name_tensor['v'].shape)} differ in heads or length"
         )
 
 
@@ -69,9 +63,7 @@ def check_groups(key_groups: Tensor, num_groups: int, k: Tensor) -> Tensor:
         raise TypeError(f"key_groups must hold signed integers, got {key_groups.dtype}")
     expected = (k.shape[0], k.shape[2])
     if tuple(key_groups.shape) != expected:
-        raise ValueError(
-            f"key_groups must have shape (batch, keys) = {expected}, got {tuple(key_groups.shape)}"
-        )
+        raise ValueError(f"key_groups must have shape (batch, keys) = {expected}, got {tuple(key_groups.shape)}")
     if key_groups.device != k.device:
         raise ValueError(f"key_groups is on {key_groups.device} but k is on {k.device}; move it there")
     if not isinstance(num_groups, int) or not 1 <= num_groups <= MAX_GROUPS:
@@ -91,9 +83,7 @@ def check_rows(row_positions: Tensor, batch: int, rows: int | None, n_k: int, fi
     if not isinstance(row_positions, Tensor) or row_positions.dtype not in (torch.int32, torch.int64):
         raise TypeError("row_positions must be an int32 or int64 tensor of key positions")
     if row_positions.dim() != 2 or row_positions.shape[0] != batch:
-        raise ValueError(
-            f"row_positions must have shape (batch={batch}, rows), got {tuple(row_positions.shape)}"
-        )
+        raise ValueError(f"row_positions must have shape (batch={batch}, rows), got {tuple(row_positions.shape)}")
     if rows is not None and row_positions.shape[1] != rows:
         raise ValueError(f"q_rows has {rows} rows but row_positions has {row_positions.shape[1]}")
     if _values_readable(row_positions) and row_positions.numel() and row_positions.amax().item() >= n_k:

@@ -11,6 +11,8 @@ a saturated row (mass → 1) keeps the gradient that remains. An incoming gradie
 work at compile time: without dO there is no dP and no dV.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,9 @@ from abft_kernels.triton.common import (
     labelled_blocks,
     load_rows,
     masked_block,
+    matmul,
     query_bounds,
+    rounded,
     sample_bounds,
     store_rows,
     strides,
@@ -69,7 +73,7 @@ def _mass_attn_bwd_preprocess_kernel(
 def _probabilities(q, k, lse2, offs_n, rows, start, end, qk_scale,
                    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """P `[BLOCK_M, BLOCK_N]` from the stored LSE, base 2; absent rows carry lse2 = +inf and give 0."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
+    s = matmul(q, tl.trans(k), None, PRECISION) * qk_scale
     p = tl.exp2(s - lse2[:, None])
     if MASKED:
         visible = ((offs_n >= start) & (offs_n < end))[None, :]
@@ -114,12 +118,12 @@ def _key_block(
     ds = tl.zeros_like(p) - delta[:, None]
     if HAS_DO:
         do = load_rows(do_base, offs_m, offs_d, stride_dom, stride_dod, first_m, limit_m, HEAD_DIM, True)
-        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
-        ds += tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    if HAS_DMASS:
+        dv = matmul(tl.trans(rounded(p, do.dtype)), do, dv, PRECISION)
+        ds += matmul(do, tl.trans(v), None, PRECISION)
+    if HAS_DMASS:  # noqa: SIM102 (decided at compile time, and then at run time)
         if labelled:
             ds = _add_mass_slope(ds, dMass, row_base, offs_m, lse2, group, n_q, GROUPS)
-    dk = tl.dot(tl.trans((p * ds).to(q.dtype)), q, dk, input_precision=PRECISION)
+    dk = matmul(tl.trans(rounded(p * ds, q.dtype)), q, dk, PRECISION)
     return dk, dv
 
 
@@ -176,7 +180,7 @@ def _mass_attn_bwd_kv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    for member in range(0, group_size):
+    for member in range(group_size):
         off_h = off_hk * group_size + member
         q_base = Q + off_b * stride_qb + off_h * stride_qh
         do_base = q_base
@@ -219,12 +223,12 @@ def _row_block(
     ds = tl.zeros_like(p) - delta[:, None]
     if HAS_DO:
         v = load_rows(v_base, offs_n, offs_d, stride_vn, stride_vd, start, end, HEAD_DIM, MASKED)
-        ds += tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    if HAS_DMASS:
+        ds += matmul(do, tl.trans(v), None, PRECISION)
+    if HAS_DMASS:  # noqa: SIM102
         if tl.load(labelled_base + start_n // BLOCK_N) != 0:
             group = tl.load(groups_base + offs_n, mask=offs_n < n_k, other=-1)
             ds = _add_mass_slope(ds, dMass, row_base, offs_m, lse2, group, n_q, GROUPS)
-    return tl.dot((p * ds).to(k.dtype), k, dq, input_precision=PRECISION)
+    return matmul(rounded(p * ds, k.dtype), k, dq, PRECISION)
 
 
 @triton.jit
@@ -278,7 +282,7 @@ def _mass_attn_bwd_q_kernel(
             stride_kn, stride_kd, stride_vn, stride_vd, n_q, n_k, qk_scale,
             HEAD_DIM, BLOCK_N, GROUPS, False, IS_CAUSAL, HAS_DO, HAS_DMASS, PRECISION,
         )  # fmt: skip
-    for block in range(0, head_blocks + tail_blocks):
+    for block in range(head_blocks + tail_blocks):
         start_n = masked_block(block, lo, full_hi, head_blocks, BLOCK_N)
         dq = _row_block(
             dq, q, do, lse2, delta, k_base, v_base, groups_base, labelled_base, dMass,
@@ -322,8 +326,9 @@ def backward(
     groups = None if groups is None else groups.contiguous()
     delta = torch.empty((batch, heads, n_q), dtype=torch.float32, device=q.device)
     block_d = head_block(head_dim)
-    shared = {
-        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "GROUPS": mass.shape[-1] if dmass is not None else 0,
+    groups_used = mass.shape[-1] if dmass is not None else 0
+    shared: dict[str, Any] = {
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "GROUPS": groups_used,
         "HAS_DO": do is not None, "HAS_DMASS": dmass is not None,
     }  # fmt: skip
     do_strides = strides(do) if do is not None else (0, 0, 0, 0)
@@ -336,7 +341,7 @@ def backward(
         "IS_CAUSAL": causal, "HAS_STARTS": starts is not None, "HAS_ENDS": ends is not None,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
-    config = launch_config("backward_kv", block_d, q.element_size())
+    config = launch_config("backward_kv", block_d, q.element_size(), groups_used, q.device)
     _mass_attn_bwd_kv_kernel[(triton.cdiv(n_k, config.block_n) * batch * kv_heads,)](
         q, k, v, groups, starts, ends, do, dmass, lse, delta, dk, dv,
         *strides(q, k, v), *do_strides,
@@ -344,7 +349,7 @@ def backward(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages, **shared,
     )  # fmt: skip
-    config = launch_config("backward_q", block_d, q.element_size())
+    config = launch_config("backward_q", block_d, q.element_size(), groups_used, q.device)
     labelled = labelled_blocks(groups, config.block_n) if dmass is not None and groups is not None else None
     _mass_attn_bwd_q_kernel[(triton.cdiv(n_q, config.block_m) * batch * heads,)](
         q, k, v, groups, labelled, starts, ends, do, dmass, lse, delta, dq,

@@ -11,6 +11,37 @@ LN2 = 0.6931471805599453
 
 
 @triton.jit
+def _nothing():
+    pass
+
+
+# Whether kernels run in Triton's interpreter, which takes CPU tensors. It multiplies the bit patterns of bfloat16 as
+# integers and truncates instead of rounding: hence `matmul` and `rounded`, which are `tl.dot` and `.to` when compiled.
+INTERPRETED = not isinstance(_nothing, triton.runtime.JITFunction)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def matmul(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b + acc in float32; acc may be None."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x in `dtype`, to the nearest, ties to even."""
+    if _INTERPRETED:  # noqa: SIM102
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = (bits + (((bits >> 16) & 1) + 0x7FFF)) & 0xFFFF0000
+            x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def load_rows(base, offs_m, offs_d, stride_m, stride_d, first, limit, HEAD_DIM: tl.constexpr, CHECKED: tl.constexpr):
     """A `[rows, BLOCK_D]` tile; rows outside `first … limit − 1` and columns beyond HEAD_DIM are 0.
 
@@ -32,7 +63,7 @@ def load_rows(base, offs_m, offs_d, stride_m, stride_d, first, limit, HEAD_DIM: 
 def store_rows(base, offs_m, offs_d, stride_m, stride_d, row_limit, value, HEAD_DIM: tl.constexpr):
     pointers = base + offs_m.to(tl.int64)[:, None] * stride_m + offs_d[None, :] * stride_d
     mask = (offs_m[:, None] < row_limit) & (offs_d[None, :] < HEAD_DIM)
-    tl.store(pointers, value.to(base.dtype.element_ty), mask=mask)
+    tl.store(pointers, rounded(value, base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -89,10 +120,6 @@ def key_range(
 def masked_block(block, lo, full_hi, head_blocks, BLOCK_N: tl.constexpr):
     """First key of the `block`-th masked block of :func:`key_range`: one loop serves both ends."""
     return tl.where(block < head_blocks, lo + block * BLOCK_N, full_hi + (block - head_blocks) * BLOCK_N)
-
-
-# Whether the kernels above run in Triton's interpreter, which takes CPU tensors.
-INTERPRETED = not isinstance(load_rows, triton.runtime.JITFunction)
 
 
 def labelled_blocks(groups: Tensor, block: int) -> Tensor:

@@ -24,8 +24,10 @@ from abft_kernels.triton.common import (
     labelled_blocks,
     load_rows,
     masked_block,
+    matmul,
     next_power_of_2,
     query_bounds,
+    rounded,
     sample_bounds,
     store_rows,
     strides,
@@ -42,7 +44,7 @@ def _forward_block(
 ):  # fmt: skip
     offs_n = start_n + tl.arange(0, BLOCK_N)
     k = load_rows(k_base, offs_n, offs_d, stride_kn, stride_kd, start, end, HEAD_DIM, MASKED)  # [BLOCK_N, BLOCK_D]
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
+    s = matmul(q, tl.trans(k), None, PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
     if MASKED:
         visible = (offs_n >= start) & (offs_n < end)
         seen = visible[None, :]
@@ -60,7 +62,7 @@ def _forward_block(
     l_i = l_i * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
     v = load_rows(v_base, offs_n, offs_d, stride_vn, stride_vd, start, end, HEAD_DIM, MASKED)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    acc = matmul(rounded(p, v.dtype), v, acc, PRECISION)
     if GROUPS > 0:
         mass = mass * alpha[:, None]
         if tl.load(labelled_base + start_n // BLOCK_N) != 0:
@@ -121,7 +123,7 @@ def _mass_attn_fwd_kernel(
             stride_kn, stride_kd, stride_vn, stride_vd, n_k, qk_scale,
             HEAD_DIM, BLOCK_N, GROUPS, GROUPS_PAD, False, IS_CAUSAL, PRECISION,
         )  # fmt: skip
-    for block in range(0, head_blocks + tail_blocks):
+    for block in range(head_blocks + tail_blocks):
         start_n = masked_block(block, lo, full_hi, head_blocks, BLOCK_N)
         acc, l_i, m_i, mass = _forward_block(
             acc, l_i, m_i, mass, q, k_base, v_base, groups_base, labelled_base,
@@ -168,7 +170,7 @@ def forward(
     if out.numel() == 0:
         return out, mass, lse
     block_d = head_block(head_dim)
-    config = launch_config("forward", block_d, q.element_size())
+    config = launch_config("forward", block_d, q.element_size(), num_groups, q.device)
     labelled = None if groups is None else labelled_blocks(groups, config.block_n)
     _mass_attn_fwd_kernel[(triton.cdiv(n_q, config.block_m) * batch * heads,)](
         q, k, v, None if groups is None else groups.contiguous(), labelled, starts, ends, out, mass, lse,

@@ -25,7 +25,9 @@ from abft_kernels.triton.common import (
     LOG2E,
     head_block,
     load_rows,
+    matmul,
     next_power_of_2,
+    rounded,
     sample_bounds,
     store_rows,
     strides,
@@ -104,7 +106,7 @@ def _row_mass_fwd_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_base, offs_n, offs_d, stride_kn, stride_kd, start, end, HEAD_DIM, True)
         group = tl.load(groups_base + offs_n, mask=offs_n < n_k, other=-1)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [BLOCK_R, BLOCK_N]
+        s = matmul(q, tl.trans(k), None, PRECISION) * qk_scale  # [BLOCK_R, BLOCK_N]
         s = tl.where(_visible(offs_n, position, start, end, IS_CAUSAL), s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -136,7 +138,7 @@ def _row_mass_combine_kernel(
     m_i = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     l_i = tl.zeros([BLOCK], dtype=tl.float32)
     mass = tl.zeros([BLOCK, GROUPS_PAD], dtype=tl.float32)
-    for split in range(0, num_splits):
+    for split in range(num_splits):
         part = tl.load(PartLSE + offs * num_splits + split, mask=in_range, other=float("-inf"))
         pointers = PartMass + (offs * num_splits + split)[:, None] * GROUPS + columns[None, :]
         part_mass = tl.load(pointers, mask=in_range[:, None] & (columns < GROUPS)[None, :], other=0.0)
@@ -194,7 +196,7 @@ def _row_mass_bwd_kernel(
             row = batch_base + index
             lse = tl.load(LSE + row, mask=present, other=float("-inf"))
             lse2 = tl.where(lse == float("-inf"), float("inf"), lse * log2e)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
+            s = matmul(q, tl.trans(k), None, PRECISION) * qk_scale
             p = tl.exp2(s - lse2[:, None])
             p = tl.where(_visible(offs_n, position, start, end, IS_CAUSAL), p, 0.0)
             slope = tl.zeros_like(p)
@@ -207,11 +209,11 @@ def _row_mass_bwd_kernel(
             if HAS_DLSE:
                 slope += tl.load(dLSE + row, mask=present, other=0.0)[:, None]
             # The incoming gradient of an absent row may be anything; a NaN of a present one must show.
-            ds = tl.where(p == 0.0, 0.0, p * slope).to(q.dtype)
+            ds = rounded(tl.where(p == 0.0, 0.0, p * slope), q.dtype)
             if WRITE_DK:
-                dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+                dk = matmul(tl.trans(ds), q, dk, PRECISION)
             if WRITE_DQ:
-                dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+                dq = matmul(ds, k, dq, PRECISION)
         if WRITE_DK:
             store_rows(dk_base, offs_n, offs_d, HEAD_DIM, 1, n_k, dk * scale, HEAD_DIM)
     if WRITE_DQ:
@@ -225,13 +227,13 @@ def _row_mass_bwd_kernel(
 class _Grid:
     """How one call is cut: packed row tiles × splits of the keys × (batch · KV heads)."""
 
-    def __init__(self, q: Tensor, k: Tensor):
+    def __init__(self, q: Tensor, k: Tensor, num_groups: int):
         batch, heads, num_rows, self.head_dim = q.shape
         self.kv_heads, self.n_k = k.shape[1], k.shape[2]
         self.group_size = heads // self.kv_heads
         self.num_rows = num_rows
         self.block_d = head_block(self.head_dim)
-        config: Launch = launch_config("rows", self.block_d, q.element_size())
+        config: Launch = launch_config("rows", self.block_d, q.element_size(), num_groups, q.device)
         packed = self.group_size * num_rows
         self.block_r = min(config.block_m, max(16, next_power_of_2(packed)))
         self.block_n, self.launch = config.block_n, config
@@ -275,7 +277,7 @@ def forward(
     lse = torch.empty((batch, heads, num_rows), dtype=torch.float32, device=q.device)
     if lse.numel() == 0 or k.shape[2] == 0:
         return mass.zero_(), lse.fill_(float("-inf"))
-    grid = _Grid(q, k)
+    grid = _Grid(q, k, num_groups)
     part_lse = torch.empty((lse.numel(), grid.splits), dtype=torch.float32, device=q.device)
     part_mass = torch.empty((lse.numel(), grid.splits, num_groups), dtype=torch.float32, device=q.device)
     groups_pad = next_power_of_2(num_groups)
@@ -312,7 +314,7 @@ def backward(
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), torch.zeros(
             k.shape, dtype=k.dtype, device=k.device
         )
-    grid = _Grid(q, k)
+    grid = _Grid(q, k, mass.shape[-1])
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     part_dq = torch.empty((*q.shape[:3], grid.splits, grid.head_dim), dtype=torch.float32, device=q.device)
     dmass = None if dmass is None else dmass.contiguous()

@@ -44,12 +44,8 @@ def test_label_words_that_are_digits_win_over_indices(tmp_path):
 
 
 def dataset(names, label_values):
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
-    )
-    return datasets.Dataset.from_dict(
-        {"text": ["t"] * len(label_values), "label": label_values}, features=features
-    )
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    return datasets.Dataset.from_dict({"text": ["t"] * len(label_values), "label": label_values}, features=features)
 
 
 def test_class_label_names_are_the_labels():
@@ -127,9 +123,7 @@ def test_dataset_errors_name_the_row():
         load_examples(datasets.Dataset.from_dict({"text": ["a", None], "label": ["x", "y"]}))
 
 
-@pytest.mark.parametrize(
-    "source", [3, datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})})]
-)
+@pytest.mark.parametrize("source", [3, datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})})])
 def test_sources_of_the_wrong_type(source):
     with pytest.raises(TypeError, match="one split"):
         load_examples(source)

@@ -124,14 +124,10 @@ def test_bf16_model_gives_logits_that_are_not_rounded_to_bf16(builder, prompts):
 
 
 def test_peft_model_is_unwrapped_with_its_adapter(builder, prompts):
-    model = get_peft_model(
-        make_model(CONFIGS["llama"]), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    )
+    model = get_peft_model(make_model(CONFIGS["llama"]), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     batch = PromptCollator(builder)(prompts)
     found = label_logits(model, batch, builder.label_token_ids)
-    torch.testing.assert_close(
-        found, reference(model, prompts, builder.label_token_ids), rtol=2e-5, atol=2e-5
-    )
+    torch.testing.assert_close(found, reference(model, prompts, builder.label_token_ids), rtol=2e-5, atol=2e-5)
     with model.disable_adapter():
         assert not torch.allclose(found, label_logits(model, batch, builder.label_token_ids), atol=1e-3)
 
@@ -253,9 +249,7 @@ def test_calibration_bins_are_closed_on_the_right():
     assert Evaluation.from_probabilities(probabilities, torch.tensor([1, 0])).ece == pytest.approx(0.48)
     # 0.5 (right) closes the first of two bins and 0.75 (wrong) is alone in the second.
     probabilities = torch.tensor([[0.5, 0.5], [0.75, 0.25]])
-    assert Evaluation.from_probabilities(probabilities, torch.tensor([0, 1]), bins=2).ece == pytest.approx(
-        0.625
-    )
+    assert Evaluation.from_probabilities(probabilities, torch.tensor([0, 1]), bins=2).ece == pytest.approx(0.625)
 
 
 def test_calibration_error_of_confidence_zero_is_finite():

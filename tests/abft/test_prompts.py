@@ -58,9 +58,7 @@ def metaspace_bpe(scheme: str) -> Tokenizer:
     # Llama-2 has no token across a newline; splitting the training text at newlines makes none here.
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=["\n"], show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=["\n"], show_progress=False)
     tokenizer.train_from_iterator((line.strip() for line in CORPUS), trainer)
     return tokenizer
 
@@ -73,9 +71,7 @@ def unigram() -> Tokenizer:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
 
@@ -83,9 +79,7 @@ def unigram() -> Tokenizer:
 def word_level() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator(
-        CORPUS, trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False)
-    )
+    tokenizer.train_from_iterator(CORPUS, trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False))
     return tokenizer
 
 
@@ -181,9 +175,7 @@ def test_segments_give_the_tokens_of_the_whole_text(name):
 
 def test_no_spurious_space_after_the_separator_with_metaspace():
     tokenizer = wrap(metaspace_bpe("always"))
-    tokens = tokenizer.convert_ids_to_tokens(
-        PromptBuilder(tokenizer, SST2).build(EXAMPLES[:1], EXAMPLES[1]).input_ids
-    )
+    tokens = tokenizer.convert_ids_to_tokens(PromptBuilder(tokenizer, SST2).build(EXAMPLES[:1], EXAMPLES[1]).input_ids)
     newline = tokens.index("\n")
     assert tokens[0].startswith("▁")
     assert tokens[newline - 1].endswith("positive")
@@ -254,9 +246,7 @@ def test_any_text_decodes_to_itself_in_byte_level_bpe(builder, demonstrations, q
 
 def test_labels_with_one_first_token_are_refused():
     task = Task("mine", ("plotting", "plot"))
-    with pytest.raises(
-        ValueError, match=r"labels 'plotting' and 'plot' start with the same token 'Ġplot' .*choose"
-    ):
+    with pytest.raises(ValueError, match=r"labels 'plotting' and 'plot' start with the same token 'Ġplot' .*choose"):
         PromptBuilder(wrap(byte_level()), task)
 
 
@@ -273,9 +263,7 @@ def test_max_length_names_length_limit_and_remedy():
     tokenizer = wrap(word_level())
     length = PromptBuilder(tokenizer, SST2).build(EXAMPLES[:1], EXAMPLES[3]).length
     assert PromptBuilder(tokenizer, SST2, max_length=length).build(EXAMPLES[:1], EXAMPLES[3]).length == length
-    with pytest.raises(
-        ValueError, match=rf"prompt of {length} tokens exceeds max_length={length - 1}; use fewer"
-    ):
+    with pytest.raises(ValueError, match=rf"prompt of {length} tokens exceeds max_length={length - 1}; use fewer"):
         PromptBuilder(tokenizer, SST2, max_length=length - 1).build(EXAMPLES[:1], EXAMPLES[3])
 
 
@@ -290,9 +278,7 @@ POOL = [Example(f"text {i}", i % 2) for i in range(12)]
 
 def texts(builder: PromptBuilder, prompts: list[Prompt]) -> list[list[str]]:
     decoded = [builder.tokenizer.decode(p.input_ids, skip_special_tokens=True) for p in prompts]
-    return [
-        [line.split(" sentiment:")[0].removeprefix("sentence: ") for line in d.split("\n")] for d in decoded
-    ]
+    return [[line.split(" sentiment:")[0].removeprefix("sentence: ") for line in d.split("\n")] for d in decoded]
 
 
 def test_sampling_is_seeded_without_replacement_and_without_the_query(builder):
@@ -314,11 +300,7 @@ def test_sampling_leaves_out_every_copy_of_the_query(builder):
 
 def test_sampling_is_uniform_over_the_pool(builder):
     queries = [Example(f"text {i % 12}", 0) for i in range(3000)]
-    drawn = [
-        name
-        for found in texts(builder, sample_prompts(builder, queries, POOL, 2, seed=0))
-        for name in found[:-1]
-    ]
+    drawn = [name for found in texts(builder, sample_prompts(builder, queries, POOL, 2, seed=0)) for name in found[:-1]]
     counts = torch.tensor([drawn.count(e.text) for e in POOL])
     # 6000 draws over 12 texts: mean 500, standard deviation below √500 = 22.4; five of these is 112.
     assert (counts - 500).abs().max() < 112
@@ -331,9 +313,7 @@ def test_unseen_label_prompts_never_show_the_gold_label(builder):
         sample_prompts(builder, POOL, POOL, k=7, seed=0, unseen_label=True)
 
 
-@pytest.mark.parametrize(
-    ("k", "message"), [(-1, "k must be 0 or more"), (13, "k=13, but the pool of 12 offers 12")]
-)
+@pytest.mark.parametrize(("k", "message"), [(-1, "k must be 0 or more"), (13, "k=13, but the pool of 12 offers 12")])
 def test_impossible_k(builder, k, message):
     with pytest.raises(ValueError, match=message):
         sample_prompts(builder, [Example("new", 0)], POOL, k=k, seed=0)

@@ -1,0 +1,80 @@
+"""Tiny random models of each kind, and batches for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 50
+_LLAMA: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_GPT2: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2,
+    attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+)  # fmt: skip
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _LLAMA),
+    "qwen2": ("Qwen2Config", _LLAMA),
+    "qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": 8}),
+    "mistral": ("MistralConfig", {**_LLAMA, "sliding_window": 64}),
+    "phi3": ("Phi3Config", _LLAMA),
+    "gpt2": ("GPT2Config", _GPT2),
+    "opt": ("OPTConfig", dict(
+        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.0,
+        max_position_embeddings=128, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )),
+    "gpt_neox": ("GPTNeoXConfig", dict(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+    )),
+}  # fmt: skip
+
+
+def tiny(kind: str, *, seed: int = 0, attention: str = "sdpa", spread: float = 0.15, **changes: Any) -> PreTrainedModel:
+    """A random causal language model of two layers, in float32 and evaluation mode.
+
+    `spread` is the standard deviation of its matrices, large enough for attention that is not uniform.
+    """
+    name, arguments = CONFIGS[kind]
+    config = getattr(transformers, name)(**{**arguments, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+    return model.eval()
+
+
+def padded(prompts: list[Tensor], groups: list[Tensor], side: str) -> dict[str, Tensor]:
+    """A batch of prompts with padding on one side: inputs, key groups and the position of each last token."""
+    length = max(len(prompt) for prompt in prompts)
+    shape = (len(prompts), length)
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "key_groups": torch.full(shape, -1),
+        "query_positions": torch.zeros((len(prompts), 1), dtype=torch.long),
+    }
+    for row, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+        start = length - len(prompt) if side == "left" else 0
+        span = slice(start, start + len(prompt))
+        batch["input_ids"][row, span] = prompt
+        batch["attention_mask"][row, span] = 1
+        batch["key_groups"][row, span] = group
+        batch["query_positions"][row] = start + len(prompt) - 1
+    return batch
+
+
+def random_prompts(lengths: tuple[int, ...], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(3, VOCABULARY, (n,), generator=generator) for n in lengths]
+    groups = [torch.randint(-1, 2, (n,), generator=generator) for n in lengths]
+    return prompts, groups

@@ -1,0 +1,17 @@
+"""Shared by all tests: where they run. Without a GPU the Triton kernels run in Triton's interpreter, on the CPU."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: before any test module
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+torch.set_num_threads(1)  # the tensors are small, and pytest-xdist runs a process per core
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

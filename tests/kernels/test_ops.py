@@ -1,0 +1,156 @@
+"""The registration as PyTorch operators: schema, fake tensors, autograd, torch.compile, cost of absent gradients."""
+
+import shutil
+
+import pytest
+import torch
+from harness import Case, make_inputs, run
+
+from abft_kernels import attention, mass_attention, mass_attention_reference, ops, row_mass, row_mass_reference
+
+BACKENDS = ["triton", "torch"]
+
+
+def _row_arguments(device, backend, dtype="fp32"):
+    inputs = make_inputs(Case.parse(f"B2-H2:1-R2-N40-D16-G2-{dtype}-causal-left"), device)
+    starts, lengths = inputs.arguments["seq_starts"].int(), inputs.arguments["seq_lens"].int()
+    positions = inputs.arguments["row_positions"].int()
+    heads = [x.requires_grad_() for x in inputs.heads.values()]
+    return *heads, inputs.groups.to(torch.int8), positions, starts, starts + lengths, 2, True, 0.25, backend
+
+
+def _fused_arguments(device, padding):
+    inputs = make_inputs(Case.parse("B2-H2:1-N40-D16-G2-fp32-causal-left-bnhd"), device)
+    starts, ends = None, None
+    if padding:
+        starts, ends = (inputs.arguments[n].int() for n in ("seq_starts", "seq_lens"))
+        ends = starts + ends
+    heads = [x.requires_grad_() for x in inputs.heads.values()]
+    return *heads, inputs.groups.to(torch.int8), starts, ends, 2, True, 0.25
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_row_mass(backend, device):
+    arguments = _row_arguments(device, backend)
+    torch.library.opcheck(ops.row_mass_op, arguments)
+    q, k, *rest, _, causal, scale, backend = (x.detach() if torch.is_tensor(x) else x for x in arguments)
+    mass, lse = ops.row_mass_op(q, k, *rest, 2, causal, scale, backend)
+    for incoming in ((torch.ones_like(mass), torch.ones_like(lse)), (None, torch.ones_like(lse))):
+        torch.library.opcheck(ops.row_mass_backward_op, (*incoming, q, k, *rest, mass, lse, causal, scale, backend))
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_opcheck_mass_attention(padding, device):
+    arguments = _fused_arguments(device, padding)
+    torch.library.opcheck(ops.mass_attention_op, arguments)
+    *tensors, _, causal, scale = (x.detach() if torch.is_tensor(x) else x for x in arguments)
+    results = ops.mass_attention_op(*tensors, 2, causal, scale)
+    incoming = [torch.ones_like(x) for x in results]
+    for chosen in (incoming, [None, incoming[1], None]):
+        torch.library.opcheck(
+            ops.mass_attention_backward_op, (*chosen, *tensors, *results, causal, scale)
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_gradcheck(backend, device):
+    inputs = make_inputs(Case.parse("B2-H4:2-N7x9-D4-G2-fp64-causal-left"), device)
+    heads = [x.requires_grad_() for x in inputs.heads.values()]
+    kwargs = {**inputs.arguments, "backend": backend}
+    # LSE is −inf on absent rows, where gradcheck would take differences of infinities.
+    assert torch.autograd.gradcheck(lambda *x: mass_attention(*x, inputs.groups, 2, **kwargs), heads)
+    inputs = make_inputs(Case.parse("B2-H4:2-R3-N9-D4-G2-fp64-causal"), device)
+    inputs.arguments["row_positions"].clamp_(min=0)
+    heads = [x.requires_grad_() for x in inputs.heads.values()]
+    kwargs = {**inputs.arguments, "backend": backend, "return_lse": True}
+    assert torch.autograd.gradcheck(lambda *x: row_mass(*x, inputs.groups, 2, **kwargs), heads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", ["B1-H2:1-N40-D16-G2-fp32-causal-{}", "B1-H2:1-R2-N40-D16-G2-fp32-causal-{}"])
+def test_absent_gradients_cost_nothing(shape, backend, device, monkeypatch):
+    """The backward op gets None for every result that the loss does not use, and v gets no gradient without dO."""
+    seen = []
+    for name in ("row_mass_backward_op", "mass_attention_backward_op"):
+        op = getattr(ops, name)
+
+        count = 2 if op is ops.row_mass_backward_op else 3
+
+        def spy(*arguments, op=op, count=count):
+            seen.append([x is not None for x in arguments[:count]])
+            return op(*arguments)
+
+        monkeypatch.setattr(ops, name, spy)
+    for grads, rows, fused in [("m", [True, False], [False, True, False]), ("l", [False, True], [False, False, True])]:
+        case = Case.parse(shape.format(grads))
+        found = run(case, make_inputs(case, device), backend)
+        expected = rows if case.rows or backend == "torch" else fused
+        assert seen == [expected]
+        assert case.rows or found["dv"] is None
+        seen.clear()
+
+
+def test_no_gradient_at_all(device):
+    """Without a use of the mass its op has no backward: None for q and k."""
+    inputs = make_inputs(Case.parse("B1-H2-R2-N8-D16-G2-fp32-causal"), device)
+    q, k = (x.requires_grad_() for x in inputs.heads.values())
+    mass = row_mass(q, k, inputs.groups, 2, row_positions=inputs.arguments["row_positions"])
+    assert torch.autograd.grad(q.sum() + 0 * mass.detach().sum(), (q, k), allow_unused=True)[1] is None
+
+
+def _loss(backend):
+    def fused(q, k, v, groups, positions, lengths, starts):
+        out, mass, lse = mass_attention(
+            q, k, v, groups, 2, seq_lens=lengths, seq_starts=starts, return_lse=True, backend=backend
+        )
+        rows = row_mass(q[:, :, -2:], k, groups, 2, row_positions=positions, backend=backend)
+        lse = torch.where(lse > float("-inf"), lse, 0)
+        return out.square().mean() + mass.square().mean() + lse.mean() + rows.square().mean()
+
+    return fused
+
+
+def _compiled_equals_eager(backend, compiler, device):
+    inputs = make_inputs(Case.parse("B2-H2:1-N40-D16-G2-fp32-causal-left"), device)
+    positions = torch.tensor([[38, 39], [39, -1]], device=device)
+    rest = (inputs.groups, positions, inputs.arguments["seq_lens"], inputs.arguments["seq_starts"])
+    found = []
+    for compiled in (False, True):
+        heads = [x.detach().clone().requires_grad_() for x in inputs.heads.values()]
+        function = _loss(backend)
+        if compiled:
+            torch._dynamo.reset()
+            function = torch.compile(function, fullgraph=True, backend=compiler)
+        loss = function(*heads, *rest)
+        found.append([loss, *torch.autograd.grad(loss, heads)])
+    for eager, other in zip(*found, strict=True):
+        torch.testing.assert_close(eager, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile(backend, device):
+    _compiled_equals_eager(backend, "aot_eager", device)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and not torch.cuda.is_available(), reason="inductor needs g++")
+def test_compile_inductor(device):
+    _compiled_equals_eager("torch", "inductor", device)
+
+
+def test_plain_attention(device):
+    """`attention`: the same output without groups, on every backend."""
+    inputs = make_inputs(Case.parse("B2-H4:2-N70-D32-G2-fp32-causal-left"), device)
+    expected = mass_attention_reference(*inputs.heads.values(), inputs.groups, 2, **inputs.arguments)[0]
+    for backend in ("auto", "torch", "triton", "reference"):
+        out = attention(*inputs.heads.values(), backend=backend, **inputs.arguments)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_row_reference_is_a_row_of_the_oracle(device):
+    inputs = make_inputs(Case.parse("B2-H4:2-N20-D16-G2-fp64-full"), device)
+    q, k, v = inputs.heads.values()
+    positions = torch.tensor([[3, 19], [0, 7]], device=device)
+    rows = torch.stack([q[b][:, positions[b]] for b in range(2)])
+    by_row = row_mass_reference(rows, k, inputs.groups, 2, row_positions=positions, causal=False)
+    whole = mass_attention_reference(q, k, v, inputs.groups, 2, causal=False)[1]
+    torch.testing.assert_close(by_row, torch.stack([whole[b][:, positions[b]] for b in range(2)]))
