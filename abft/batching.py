@@ -42,5 +42,5 @@ def length_sorted_batches(
     collate = PromptCollator(builder)
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].length, reverse=True)
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for chunk in track(chunks, description=description, disable=not progress, transient=True):
+    for chunk in track(chunks, description=description, disable=not progress):
         yield chunk, collate([prompts[i] for i in chunk])

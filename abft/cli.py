@@ -45,7 +45,12 @@ class PromptOptions:
     label_column: str = field(default="label", metadata={"help": "column of the labels"})
     k: int = field(default=4, metadata={"help": "demonstrations per prompt"})
     prompt_seed: int = field(default=0, metadata={"help": "seed of the draw of demonstrations"})
-    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16"})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "float32, bfloat16 or float16; auto: the model's own, but float32 to train W_Q and W_K in full"
+        },
+    )
 
 
 @dataclass(kw_only=True)
@@ -180,6 +185,8 @@ def _train(arguments: Sequence[str]) -> int:
     parts = split_examples(examples, sizes, seed=options.prompt_seed)
     pool = pool or parts["pool"]
     checkpoint = last_complete_checkpoint(config.output_dir)
+    if options.dtype == "auto" and not config.lora:
+        options.dtype = "float32"  # bfloat16 would round most of the updates away
 
     model, tokenizer = _load_base(options)
     builder = _builder(model, tokenizer, _task(options, labels))
@@ -264,9 +271,12 @@ def _provenance(options: Any) -> dict[str, Any]:
 
 
 def _demo(arguments: Sequence[str]) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
     from abft.demo.run import run_demo
 
     (options,) = _parse("demo", arguments, DemoOptions)
+    disable_progress_bar()  # a bar for each time the small model is read from disk
     return run_demo(Path(options.output), options.seeds, progress=not options.quiet)
 
 

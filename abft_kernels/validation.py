@@ -127,5 +127,5 @@ def check_bounds(
                 f"seq_lens {seq_lens.tolist()} (from seq_starts "
                 f"{0 if seq_starts is None else seq_starts.tolist()}) must lie within the {n_k} keys"
             )
-    starts = None if seq_starts is None else seq_starts.to(torch.int32)
-    return starts, ends.to(torch.int32)
+    starts = None if seq_starts is None else seq_starts.to(torch.int32).contiguous()
+    return starts, ends.to(torch.int32).contiguous()

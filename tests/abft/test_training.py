@@ -214,6 +214,28 @@ def test_the_penalty_follows_the_controller(toy_prompts, toy_builder, tmp_path):
     assert trainer.controller.wrong_penalty == pytest.approx(penalties[-1])
 
 
+def test_the_loss_takes_the_adapted_penalty(toy_prompts, toy_builder, tmp_path):
+    batch = PromptCollator(toy_builder)(toy_prompts[:8])
+
+    def loss(penalty, adapted=None):
+        model = tiny("llama", **LABEL_LOOKERS)
+        trainer = trainer_of(model, toy_prompts, toy_builder, tmp_path, wrong_penalty=penalty)
+        trainer.controller.wrong_penalty = penalty if adapted is None else adapted
+        return trainer.compute_loss(model, batch).item()
+
+    assert loss(0.5, adapted=2.0) == loss(2.0)
+    assert loss(2.0) > loss(0.5)
+
+
+def test_a_model_that_scales_no_loss_itself_is_not_scaled_twice(toy_prompts, toy_builder, tmp_path):
+    runs = []
+    for accepts in (True, False):
+        model = tiny("llama", **LABEL_LOOKERS)
+        model.accepts_loss_kwargs = accepts
+        runs.append(trained(model, toy_prompts, toy_builder, tmp_path, num_train_epochs=1))
+    assert_same_trajectory(*runs, tolerance=1e-9)
+
+
 # --- resume -----------------------------------------------------------------------------------------------
 
 

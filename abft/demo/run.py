@@ -1,0 +1,196 @@
+"""`abft demo`: the built-in model before and after ABFT and its E2E baseline, over several training seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from abft.attention import ATTENTION
+from abft.demo.corpus import DEMO_K, DEMO_TASK, demo_splits
+from abft.doctor import versions
+from abft.evaluation import evaluate
+from abft.progress import TrainingProgress
+from abft.prompts import Prompt, PromptBuilder, sample_prompts
+from abft.report import accuracy_figure, head_figure, metrics_table, save_figure, training_figure
+from abft.statistics import HeadStatistics, head_statistics
+from abft.training import ABFTConfig, ABFTTrainer
+from abft.weights import write_json
+
+__all__ = ["MODEL", "DemoSettings", "run_demo"]
+
+MODEL = Path(__file__).parent / "model"
+_METHODS = ("abft", "e2e")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the results depend on besides the seed; a run folder made with others is not continued."""
+
+    learning_rate: float = 5e-4
+    train_prompts: int = 512
+    test_prompts: int = 512
+    k: int = DEMO_K
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """One seed's draw: training prompts and the demonstrations of the test prompts."""
+
+    builder: PromptBuilder
+    train: list[Prompt]
+    test: list[Prompt]
+    folder: Path
+
+
+def _load_model() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation=ATTENTION)
+
+
+def _measure(model: Any, draw: _Seed, settings: DemoSettings, progress: bool) -> dict[str, Any]:
+    shared = {"batch_size": settings.batch_size, "progress": progress}
+    metrics = evaluate(model, draw.test, draw.builder, **shared).to_dict()  # type: ignore[arg-type]
+    return {**metrics, **head_statistics(model, draw.test, draw.builder, **shared).to_dict()}  # type: ignore[arg-type]
+
+
+def _train(method: str, seed: int, draw: _Seed, settings: DemoSettings, progress: bool) -> dict[str, Any]:
+    config = ABFTConfig(
+        output_dir=str(draw.folder / method), method=method, learning_rate=settings.learning_rate, seed=seed,  # type: ignore[arg-type]
+        per_device_train_batch_size=settings.batch_size, save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    bar = TrainingProgress(f"seed {seed}: {method.upper()}", enabled=progress)
+    trainer = ABFTTrainer(_load_model(), config, draw.train, draw.builder, callbacks=[bar])
+    for noisy in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(noisy)
+    trainer.train()
+    trainer.save_model()
+    result = _measure(trainer.model, draw, settings, progress)
+    result["history"] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return result
+
+
+def _stored(path: Path, settings: DemoSettings) -> dict[str, Any] | None:
+    """An earlier result of the same settings; refuses one of others, so that no table mixes them."""
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result["settings"] != asdict(settings):
+        raise ValueError(f"{path} was made with other settings ({result['settings']}); choose another --output")
+    return result
+
+
+def _heads(result: dict[str, Any]) -> HeadStatistics:
+    tensors = {name: torch.tensor(result[name]) for name in ("induction_rate", "mass_correct", "mass_wrong")}
+    return HeadStatistics(**tensors, induction_heads=result["induction_heads"])
+
+
+def run_demo(output: Path, seeds: Sequence[int], *, settings: DemoSettings | None = None, progress: bool = True) -> int:
+    """Trains and evaluates; writes `results.json` and pictures to `output`, and prints the table.
+
+    Every seed draws its own training prompts, order, and demonstrations of the test prompts. What `output` already
+    holds is kept, so an interrupted demo goes on where it was.
+
+    Args:
+        output: folder, made if absent.
+        seeds: at least one.
+        settings: None for the defaults.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: no seeds, or `output` holds results of other settings.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be one or more different integers, got {list(seeds)}")
+    settings = settings or DemoSettings()
+    console = Console()
+    builder = PromptBuilder(AutoTokenizer.from_pretrained(MODEL), DEMO_TASK)
+    splits = demo_splits(train=settings.train_prompts, test=settings.test_prompts)
+    results: dict[str, dict[int, dict[str, Any]]] = {"vanilla": {}, **{method: {} for method in _METHODS}}
+    for seed in seeds:
+        draw = _Seed(
+            builder,
+            sample_prompts(builder, splits.train, splits.demonstrations, settings.k, seed),
+            sample_prompts(builder, splits.test, splits.demonstrations, settings.k, 10_000 + seed),
+            output / f"seed-{seed}",
+        )
+        for name, of_seed in results.items():
+            path = draw.folder / f"{name}.json"
+            found = _stored(path, settings)
+            if found is None:
+                measured = (
+                    _measure(_load_model(), draw, settings, progress)
+                    if name == "vanilla"
+                    else _train(name, seed, draw, settings, progress)
+                )
+                found = {**measured, "settings": asdict(settings)}
+                write_json(path, found)
+            of_seed[seed] = found
+            console.print(f"seed {seed}  {name:<8}accuracy {found['accuracy']:.1%}")
+
+    _write_results(output, seeds, settings, results, console)
+    return 0
+
+
+def _write_results(
+    output: Path,
+    seeds: Sequence[int],
+    settings: DemoSettings,
+    results: dict[str, dict[int, dict[str, Any]]],
+    console: Console,
+) -> None:
+    first = seeds[0]
+    vanilla, abft = _heads(results["vanilla"][first]), _heads(results["abft"][first])
+    layer, head = vanilla.strongest_head()
+    summary: dict[str, Any] = {"task": DEMO_TASK.name, "settings": asdict(settings), "seeds": list(seeds)}
+    rows = {}
+    for name, of_seed in results.items():
+        accuracy = [of_seed[seed]["accuracy"] for seed in seeds]
+        scalars = [key for key, value in of_seed[first].items() if isinstance(value, float)]
+        means = {key: statistics.fmean(of_seed[seed][key] for seed in seeds) for key in scalars}
+        rows[name] = means
+        summary[name] = {
+            "accuracy": {str(seed): value for seed, value in zip(seeds, accuracy, strict=True)},
+            "accuracy_mean": statistics.fmean(accuracy),
+            "accuracy_std": statistics.stdev(accuracy) if len(accuracy) > 1 else None,
+            **{key: value for key, value in means.items() if key != "accuracy"},
+        }
+    gains = [results["abft"][seed]["accuracy"] - results["vanilla"][seed]["accuracy"] for seed in seeds]
+    summary["abft_gain"] = {"mean": statistics.fmean(gains), "min": min(gains), "max": max(gains)}
+    summary["strongest_induction_head"] = {
+        "layer": layer,
+        "head": head,
+        "induction_rate": vanilla.induction_rate[layer, head].item(),
+        "correct_share_vanilla": vanilla.correct_share[layer, head].item(),
+        "correct_share_abft": abft.correct_share[layer, head].item(),
+    }
+    summary["versions"] = versions()
+    write_json(output / "results.json", summary)
+    methods = {name.upper(): list(summary[name]["accuracy"].values()) for name in _METHODS}
+    pictures = {
+        "accuracy.png": accuracy_figure(summary["vanilla"]["accuracy_mean"], methods, settings.test_prompts),
+        "heads.png": head_figure(vanilla, abft, ("vanilla", "ABFT")),
+        "training.png": training_figure(results["abft"][first]["history"]),
+    }
+    for name, figure in pictures.items():
+        save_figure(figure, output / name)
+
+    console.print(metrics_table(rows, f"mean over {len(seeds)} seeds, {settings.test_prompts} test prompts each"))
+    console.print(
+        f"ABFT gains {100 * statistics.fmean(gains):.1f} points over vanilla in the mean "
+        f"(seeds: {100 * min(gains):+.1f} to {100 * max(gains):+.1f})."
+    )
+    shares = (f"{of_model.correct_share[layer, head]:.0%}" for of_model in (vanilla, abft))
+    console.print(
+        f"Head {layer}.{head} passes the induction-head filter on {vanilla.induction_rate[layer, head]:.0%} of "
+        f"prompts; of its attention on labels {' → '.join(shares)} goes to correct ones."
+    )
+    console.print(f"written: {output}/results.json, {', '.join(pictures)}")
