@@ -111,7 +111,13 @@ class ABFTConfig(TrainingArguments):
                 f"pseudo_batch_size={self.pseudo_batch_size} is no multiple of per_device_train_batch_size="
                 f"{self.per_device_train_batch_size} × {self.world_size} processes; choose a batch size that divides it"
             )
-        self.gradient_accumulation_steps = self.pseudo_batch_size // prompts_at_once
+        steps = self.pseudo_batch_size // prompts_at_once
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} contradicts pseudo_batch_size="
+                f"{self.pseudo_batch_size}, which sets it to {steps}; give pseudo_batch_size alone"
+            )
+        self.gradient_accumulation_steps = steps
 
 
 class HeadCountState(TrainerCallback, ExportableState):
