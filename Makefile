@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install install-test demo test lint nightly clean
+.PHONY: install install-test demo test test-oldest nightly lint clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,19 @@ demo: install
 
 test: install-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q
+
+# The kernels on the oldest supported Triton, laid over the installed packages (its interpreter needs NumPy < 2.4).
+OLDEST := $(VENV)/oldest
+$(OLDEST): | install-test
+	rm -rf $@.part && $(BIN)/pip install --quiet --no-compile --no-deps --target $@.part triton==3.4.0 numpy==2.2.6
+	mv $@.part $@
+
+test-oldest: $(OLDEST)
+	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/kernels -k "triton and not aot"
+
+# Ten times as many drawn cases, other ones every time.
+nightly: install-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/kernels/test_properties.py --hypothesis-profile nightly
 
 lint: install-test
 	$(BIN)/ruff check .

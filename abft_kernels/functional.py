@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from abft_kernels import ops, reference, torch_backend
+from abft_kernels import ops, reference, sdpa
 from abft_kernels.launch import widest_head_tile
+from abft_kernels.merging import merge_masses
+from abft_kernels.spec import Extras, Options
 from abft_kernels.validation import (
     check_bounds,
+    check_dropout,
     check_groups,
     check_heads,
+    check_packed,
+    check_row_mask,
     check_rows,
     check_scale,
+    check_sinks,
+    check_slopes,
+    check_softcap,
+    check_window,
 )
 
-__all__ = ["Backend", "attention", "available_backends", "mass_attention", "row_mass"]
+__all__ = ["Backend", "attention", "available_backends", "mass_attention", "merge_masses", "row_mass"]
 
 Backend = Literal["auto", "triton", "torch", "reference"]
 _BACKENDS = ("auto", "triton", "torch", "reference")
@@ -50,15 +59,100 @@ def available_backends(device: str | torch.device = "cpu") -> dict[str, str]:
     return {"triton": reason or "available", "torch": "available", "reference": "available"}
 
 
-def _choose(backend: str, q: Tensor, kernel: str) -> str:
+def _choose(backend: Backend, q: Tensor, v: Tensor | None, kernel: str) -> Backend:
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
+    widest = max(q.shape[-1], 0 if v is None else v.shape[-1])
     if backend == "auto":
         on_gpu = q.device.type == "cuda"
-        return "triton" if on_gpu and _triton_reason(kernel, q.device, q.dtype, q.shape[-1]) is None else "torch"
-    if backend == "triton" and (reason := _triton_reason(kernel, q.device, q.dtype, q.shape[-1])):
+        return "triton" if on_gpu and _triton_reason(kernel, q.device, q.dtype, widest) is None else "torch"
+    if backend == "triton" and (reason := _triton_reason(kernel, q.device, q.dtype, widest)):
         raise NotImplementedError(f"backend 'triton' cannot run this: {reason}; backend='torch' can")
     return backend
+
+
+def _with_positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float | None]:
+    """The kernels (and PyTorch's) scale after they take the maximum of the scores."""
+    if scale is None or not isinstance(q, Tensor) or scale > 0 or scale != scale:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
+
+
+class _Call(NamedTuple):
+    """One checked call."""
+
+    extras: Extras
+    options: Options
+    seeded: bool  # the caller gave the seed of dropout
+    sequences: int
+    sharded: bool
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    key_groups: Tensor | None,
+    num_groups: int,
+    *,
+    rows_name: str = "q",
+    all_rows: bool = True,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seq_lens: Tensor | None,
+    seq_starts: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_offset: int | None,
+    query_offset: int | None = None,
+    row_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+) -> _Call:
+    """`all_rows`: q holds consecutive queries, and not rows with positions of their own."""
+    packed = cu_seqlens is not None
+    check_heads({rows_name: q, "k": k} | ({} if v is None else {"v": v}), packed)
+    check_dropout(dropout_p, dropout_seed)
+    scale = check_scale(scale, q.shape[-1])
+    labels = check_groups(key_groups, num_groups, k) if key_groups is not None else None
+    n_q, n_k = q.shape[2] if all_rows else None, k.shape[2]
+    sharded = key_offset is not None or query_offset is not None
+    sequences = q.shape[0]
+    starts, ends = None, None
+    if cu_seqlens is not None:
+        taken = {"seq_lens": seq_lens is not None, "seq_starts": seq_starts is not None,
+                 "key_offset": key_offset is not None, "query_offset": query_offset is not None}  # fmt: skip
+        starts, ends = check_packed(cu_seqlens, n_k, n_q, taken)
+        sequences = starts.shape[0]
+        if all_rows and q.shape[0] != 1:
+            raise ValueError(
+                f"with cu_seqlens q must have batch 1, its sequences one behind the other; got {q.shape[0]}"
+            )
+        if not all_rows and q.shape[0] != sequences:
+            raise ValueError(f"{rows_name} has {q.shape[0]} samples but cu_seqlens holds {sequences} sequences")
+    else:
+        starts, ends = check_bounds(seq_lens, seq_starts, q.shape[0], n_q, n_k, causal, key_offset or 0, sharded)
+    extras = Extras(
+        groups=labels.groups if labels else None,
+        weights=labels.weights if labels else None,
+        sinks=check_sinks(sinks, q),
+        slopes=check_slopes(alibi_slopes, q),
+        starts=starts,
+        ends=ends,
+        row_mask=check_row_mask(row_mask, q),
+    )
+    seed = 0
+    if dropout_p:
+        seed = int(torch.randint(1 << 62, ()).item()) if dropout_seed is None else dropout_seed
+    offset = n_k - q.shape[2] if query_offset is None else query_offset - (key_offset or 0)
+    options = Options(
+        num_groups=num_groups if labels else 0, causal=causal, scale=scale, window=check_window(window, causal),
+        softcap=check_softcap(softcap), offset=offset if all_rows else 0, packed=packed, dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
+    return _Call(extras, options, dropout_seed is not None, sequences, sharded)
 
 
 def row_mass(
@@ -67,32 +161,52 @@ def row_mass(
     key_groups: Tensor,
     num_groups: int,
     *,
-    row_positions: Tensor,
+    row_positions: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_offset: int | None = None,
+    query_offset: int | None = None,
     return_lse: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Attention mass of a few query rows on groups of keys, differentiable in `q_rows` and `k`.
+    r"""Attention mass of query rows on groups of keys: no values, no output; differentiable in `q_rows` and `k`.
 
-    .. math:: \mathrm{mass}_{rg} = \sum_j \mathrm{softmax}_j(scale \cdot q_r k_j) \, [\mathrm{key\_groups}_j = g]
+    .. math:: \mathrm{mass}_{rg} = \sum_j \mathrm{softmax}_j(scale \cdot q_r k_j) \, w_{jg}
 
-    One pass over K forward and one backward: O(R·N·D) time and O(R + N·D) memory, no score matrix.
+    A few rows take one pass over K forward and one backward: O(R·N·D) time and O(R + N·D) memory. All rows
+    (`row_positions` None) take the fused kernel without its values: two products less backward than with them.
 
     Args:
         q_rows: queries `(B, H, R, D)`, any strides; float32, float16 or bfloat16 (float64 in PyTorch backends).
         k: keys `(B, H_kv, N, D)`, any strides; `H` a multiple of `H_kv` (grouped-query attention).
         key_groups: integers `(B, N)`: −1 for no group, else 0 … `num_groups` − 1. On a GPU the values are not
-            read back to be checked; one outside the range counts as −1.
-        num_groups: number of groups G, 1 … 8.
+            read back to be checked; one outside the range counts as −1. Or weights w `(B, N, G)` of any floating
+            dtype, differentiable too.
+        num_groups: number of groups G, 1 … 16.
         row_positions: key position of each row `(B, R)`, int32 or int64. With `causal`, row r sees keys up to and
-            including it. A negative position marks an absent row: mass 0, LSE −inf, no gradient.
+            including it. A negative position marks an absent row: mass 0, LSE −inf, no gradient. None: `q_rows`
+            are consecutive, the last one aligned with the last key.
         causal: hide keys behind the row's position.
         scale: factor on the scores; `1/sqrt(D)` if None.
+        window: a row sees its last `window` keys only, its own included; needs `causal`.
+        softcap: scores become `softcap·tanh(score / softcap)`.
+        sinks: a score per head `(H,)` that joins the denominator and carries no mass; differentiable.
+        alibi_slopes: `(H,)` or `(B, H)`: scores lose slope·|row − key|. No gradient.
         seq_lens: tokens of each sample `(B,)`; other keys are hidden, and rows on them absent. None: all N.
         seq_starts: first token of each sample `(B,)`, for left padding; None: 0.
+        cu_seqlens: bounds `(S + 1,)` of S sequences packed one behind the other in k, whose batch is 1; starts at
+            0. Then `q_rows` and `row_positions` are batches of S, row s of sequence s, at positions in the packed
+            order (or `q_rows` is packed as k is, with `row_positions` None).
+        key_offset: position of the first key: k is a shard of the keys, to be merged by :func:`merge_masses`.
+            Positions, `seq_lens` and `seq_starts` count all keys. 0 is the first shard, None the whole.
+        query_offset: position of the first row where `row_positions` is None.
         return_lse: also return the natural-log LSE of each row's scores, differentiable too.
         backend: `"triton"`, `"torch"`, `"reference"`, or `"auto"`: Triton on a GPU, else PyTorch.
 
@@ -103,18 +217,26 @@ def row_mass(
         ValueError, TypeError: the arguments do not fit together; the message names the value and the remedy.
         NotImplementedError: the chosen backend cannot run this; the message names one that can.
     """
-    check_heads({"q_rows": q_rows, "k": k})
-    scale = check_scale(scale, q_rows.shape[-1])
-    groups = check_groups(key_groups, num_groups, k)
-    positions = check_rows(row_positions, q_rows.shape[0], q_rows.shape[2], k.shape[2])
-    starts, ends = check_bounds(seq_lens, seq_starts, q_rows.shape[0], None, k.shape[2], causal)
-    chosen = _choose(backend, q_rows, "rows")
+    few = row_positions is not None
+    q_rows, scale = _with_positive_scale(q_rows, scale)
+    shared: dict[str, Any] = {
+        "causal": causal, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks,
+        "alibi_slopes": alibi_slopes, "seq_lens": seq_lens, "seq_starts": seq_starts, "cu_seqlens": cu_seqlens,
+        "key_offset": key_offset, "query_offset": query_offset,
+    }  # fmt: skip
+    call = _check(q_rows, k, None, key_groups, num_groups, rows_name="q_rows", all_rows=not few, **shared)
+    if row_positions is not None:
+        last = None if call.sharded else k.shape[2] - 1
+        positions = check_rows(row_positions, call.sequences, q_rows.shape[2], 0, last, key_offset or 0)
+    chosen = _choose(backend, q_rows, None, "rows" if few else "forward")
     if chosen == "reference":
-        return reference.row_mass_reference(
-            q_rows, k, groups, num_groups, row_positions=positions, causal=causal, scale=scale,
-            seq_lens=seq_lens, seq_starts=seq_starts, return_lse=return_lse,
-        )  # fmt: skip
-    mass, lse = ops.row_mass_op(q_rows, k, groups, positions, starts, ends, num_groups, causal, scale, chosen)
+        mass, lse = reference.row_mass_reference(
+            q_rows, k, key_groups, num_groups, row_positions=row_positions, return_lse=True, **shared
+        )
+    elif few:
+        mass, lse = ops.row_mass_op(q_rows, k, positions, *call.extras, *call.options, chosen)
+    else:
+        mass, lse = ops.mass_attention_op(q_rows, k, None, *call.extras, *call.options, chosen)[1:]
     return (mass, lse) if return_lse else mass
 
 
@@ -125,45 +247,42 @@ def attention(
     *,
     causal: bool = True,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_offset: int | None = None,
+    query_offset: int | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Plain attention under the masks of :func:`mass_attention`, with no N × N mask for padding or cached keys.
+    """Plain attention under the masks of :func:`mass_attention`, with no N × N mask for any of them.
 
-    Arguments as there; `"auto"` takes PyTorch's fastest kernel. Returns out `(B, H, N_q, D)`.
+    Arguments as there. `"auto"` takes PyTorch's fastest kernel where it can compute this (causal or full, padded or
+    packed), and otherwise Triton on a GPU and rows a few at a time elsewhere. Returns out `(B, H, N_q, D_v)`.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`mass_attention`.
     """
-    check_heads({"q": q, "k": k, "v": v})
-    scale = check_scale(scale, q.shape[-1])
-    starts, ends = check_bounds(seq_lens, seq_starts, q.shape[0], q.shape[2], k.shape[2], causal)
-    chosen = _choose("torch" if backend == "auto" else backend, q, "forward")
-    positions = _all_positions(q, k, causal)
-    if chosen == "triton":
-        _refuse_dropout(dropout_p)
-        return ops.mass_attention_op(q, k, v, None, starts, ends, 0, causal, scale)[0]
+    q, scale = _with_positive_scale(q, scale)
+    shared: dict[str, Any] = {
+        "causal": causal, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks,
+        "alibi_slopes": alibi_slopes, "seq_lens": seq_lens, "seq_starts": seq_starts, "cu_seqlens": cu_seqlens,
+        "key_offset": key_offset, "query_offset": query_offset, "dropout_p": dropout_p,
+    }  # fmt: skip
+    call = _check(q, k, v, None, 0, dropout_seed=dropout_seed, **shared)
+    chosen = _choose(backend, q, v, "forward")
     if chosen == "reference":
-        _refuse_dropout(dropout_p)
         no_group = torch.full((k.shape[0], k.shape[2]), -1, device=k.device)
-        return reference.mass_attention_reference(
-            q, k, v, no_group, 0, causal=causal, scale=scale, seq_lens=seq_lens, seq_starts=seq_starts
-        )[0]
-    return torch_backend.attention_output(q, k, v, positions, starts, ends, causal, scale, dropout_p)
-
-
-def _all_positions(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    positions = reference.row_positions_of(q.shape[2], k.shape[2], causal, q.device)
-    return positions.to(torch.int32).expand(q.shape[0], -1)
-
-
-def _refuse_dropout(dropout_p: float) -> None:
-    if dropout_p:
-        raise NotImplementedError(
-            f"only backend 'torch' has dropout yet, got dropout_p={dropout_p}; set it to 0 or use backend='torch'"
-        )
+        return reference.mass_attention_reference(q, k, v, no_group, 0, dropout_seed=call.options.seed, **shared)[0]
+    plain = sdpa.is_plain(q.shape[2], k.shape[2], call.extras, call.options, call.seeded)
+    if backend in ("auto", "torch") and plain:
+        return sdpa.attention_output(q, k, v, call.extras, call.options)
+    return ops.mass_attention_op(q, k, v, *call.extras, *call.options, chosen)[0]
 
 
 def mass_attention(
@@ -175,72 +294,96 @@ def mass_attention(
     *,
     causal: bool = True,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_offset: int | None = None,
+    query_offset: int | None = None,
     row_positions: Tensor | None = None,
+    row_mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     return_lse: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, ...]:
     r"""Attention output, and the attention mass of every query row on groups of keys.
 
     .. math:: P = \mathrm{softmax}(scale \cdot Q K^T + mask), \quad out = P V, \quad
-              \mathrm{mass}_{ig} = \sum_j P_{ij} \, [\mathrm{key\_groups}_j = g]
+              \mathrm{mass}_{ig} = \sum_j P_{ij} \, w_{jg}
 
-    Differentiable in q, k and v through every result; a result that the loss does not use costs nothing in
-    the backward pass. No backend but `"reference"` holds an N × N tensor. With fewer queries than keys the
-    last query is aligned with the last key.
+    w_jg is 1 if key j is in group g, else 0, or the key's weight. Differentiable in q, k and v (and in sinks and
+    weights) through every result; a result that the loss does not use costs nothing in the backward pass. No
+    backend but `"reference"` holds an N × N tensor. With fewer queries than keys the last query is aligned with the
+    last key; a few queries on many keys, as in decoding, split the keys over the GPU.
 
     Args:
         q: queries `(B, H, N_q, D)`, any strides; float32, float16 or bfloat16 (float64 in PyTorch backends).
-        k, v: keys and values `(B, H_kv, N_k, D)`; `H` a multiple of `H_kv`.
-        key_groups: integers `(B, N_k)`: −1 for no group, else 0 … `num_groups` − 1. On a GPU the values are not
-            read back to be checked; one outside the range counts as −1.
-        num_groups: number of groups G, 1 … 8.
-        causal: query i sees keys up to `i + N_k − N_q`.
-        scale: factor on the scores; `1/sqrt(D)` if None.
+        k: keys `(B, H_kv, N_k, D)`; `H` a multiple of `H_kv`.
+        v: values `(B, H_kv, N_k, D_v)`; D_v may differ from D.
+        key_groups: integers `(B, N_k)` or weights `(B, N_k, G)`, as in :func:`row_mass`.
+        num_groups: number of groups G, 1 … 16.
+        causal: query i sees keys up to its own position.
+        scale, window, softcap, sinks, alibi_slopes: as in :func:`row_mass`.
         seq_lens: tokens of each sample `(B,)`, for padded batches; None: all `N_k`. Keys outside are hidden, and
             query rows that stand outside give output 0, mass 0, LSE −inf and no gradient.
         seq_starts: first token of each sample `(B,)`, for left padding; None: 0.
-        row_positions: key positions `(B, R)` of the only rows whose mass is wanted (negative: absent). Then the
-            main attention runs on PyTorch's fastest kernel with :func:`row_mass` beside it.
-        dropout_p: dropout on the probabilities that make `out`, never on mass or LSE (backend `"torch"`, and
-            `"auto"` with `row_positions`).
-        return_lse: also return the natural-log LSE of the scores.
+        cu_seqlens: bounds `(S + 1,)` of S sequences packed in a batch of 1, queries and keys alike.
+        key_offset, query_offset: positions of the first key and of the first query, if k and v are a shard of the
+            keys (see :func:`merge_masses`); `query_offset` None aligns the last query with the last key.
+        row_positions: positions `(B, R)`, or `(S, R)` with `cu_seqlens`, of the only rows whose mass is wanted
+            (negative: absent). Then the main attention runs on PyTorch's fastest kernel with :func:`row_mass`
+            beside it.
+        row_mask: bool `(B, N_q)`: rows whose mass is wanted, in the fused kernel; the others have mass 0, and tiles
+            without a wanted row do no work for it.
+        dropout_p: dropout on the probabilities that make `out`, never on mass or LSE.
+        dropout_seed: makes dropout reproducible: the same on every backend and for every tile size, and slower in
+            PyTorch's backend. None draws from PyTorch's generator.
+        return_lse: also return the natural-log LSE of the scores (sinks included).
         backend: `"triton"` (fused kernel), `"torch"`, `"reference"`, or `"auto"`: Triton on a GPU, else PyTorch;
             with `row_positions`, PyTorch's attention and on a GPU the Triton row kernel.
 
     Returns:
-        out `(B, H, N_q, D)` in q's dtype and mass `(B, H, N_q, G)`, or `(B, H, R, G)` with `row_positions`,
+        out `(B, H, N_q, D_v)` in q's dtype and mass `(B, H, N_q, G)`, or `(B or S, H, R, G)` with `row_positions`,
         float32 (float64 for float64 input); with `return_lse` also lse, mass's shape without G.
 
     Raises:
         ValueError, TypeError: the arguments do not fit together; the message names the value and the remedy.
         NotImplementedError: the chosen backend cannot run this; the message names one that can.
     """
-    check_heads({"q": q, "k": k, "v": v})
-    scale = check_scale(scale, q.shape[-1])
-    groups = check_groups(key_groups, num_groups, k)
-    starts, ends = check_bounds(seq_lens, seq_starts, q.shape[0], q.shape[2], k.shape[2], causal)
-    wanted = None
+    q, scale = _with_positive_scale(q, scale)
+    shared: dict[str, Any] = {
+        "causal": causal, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks,
+        "alibi_slopes": alibi_slopes, "seq_lens": seq_lens, "seq_starts": seq_starts, "cu_seqlens": cu_seqlens,
+        "key_offset": key_offset,
+    }  # fmt: skip
+    of_output: dict[str, Any] = {"query_offset": query_offset, "dropout_p": dropout_p}
+    call = _check(q, k, v, key_groups, num_groups, row_mask=row_mask, dropout_seed=dropout_seed, **of_output, **shared)
+    first = call.options.offset + (key_offset or 0)
     if row_positions is not None:
-        wanted = check_rows(row_positions, q.shape[0], None, k.shape[2], first=k.shape[2] - q.shape[2])
-    chosen = _choose(backend, q, "forward" if wanted is None else "rows")
-    if wanted is None and chosen != "torch":
-        _refuse_dropout(dropout_p)
+        if row_mask is not None:
+            raise ValueError("row_positions and row_mask both choose rows; pass one of them")
+        last = None if call.sharded else k.shape[2] - 1
+        check_rows(row_positions, call.sequences, None, max(0, first), last, key_offset or 0)
+    chosen = _choose(backend, q, v, "forward" if row_positions is None else "rows")
     if chosen == "reference":
-        out, mass, lse = reference.mass_attention_reference(
-            q, k, v, groups, num_groups, causal=causal, scale=scale, seq_lens=seq_lens, seq_starts=seq_starts,
-            row_positions=wanted, return_lse=True,
+        results = reference.mass_attention_reference(
+            q, k, v, key_groups, num_groups, row_positions=row_positions, row_mask=row_mask,
+            dropout_seed=call.options.seed, return_lse=True, **of_output, **shared,
         )  # fmt: skip
-    elif chosen == "triton" and wanted is None:
-        out, mass, lse = ops.mass_attention_op(q, k, v, groups, starts, ends, num_groups, causal, scale)
+        return results if return_lse else results[:2]
+    if row_positions is not None:
+        out = attention(q, k, v, dropout_seed=dropout_seed, backend=backend, **of_output, **shared)
+        rows = reference.gather_rows(q, row_positions, first)
+        mass, lse = row_mass(
+            rows, k, key_groups, num_groups, row_positions=row_positions, return_lse=True, backend=chosen, **shared
+        )
+    elif chosen == "torch" and sdpa.is_plain(q.shape[2], k.shape[2], call.extras, call.options, call.seeded):
+        out = sdpa.attention_output(q, k, v, call.extras, call.options)
+        mass, lse = ops.mass_attention_op(q, k, None, *call.extras, *call.options, chosen)[1:]
     else:
-        out = attention(
-            q, k, v, causal=causal, scale=scale, seq_lens=seq_lens, seq_starts=seq_starts, dropout_p=dropout_p,
-            backend=backend,
-        )  # fmt: skip
-        q_rows = q if wanted is None else reference.gather_rows(q, wanted, k.shape[2])
-        rows = _all_positions(q, k, causal) if wanted is None else wanted
-        mass, lse = ops.row_mass_op(q_rows, k, groups, rows, starts, ends, num_groups, causal, scale, chosen)
+        out, mass, lse = ops.mass_attention_op(q, k, v, *call.extras, *call.options, chosen)
     return (out, mass, lse) if return_lse else (out, mass)

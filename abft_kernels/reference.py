@@ -3,65 +3,101 @@
 Every other backend is tested against this file in float64. It differentiates by autograd, so it shares no
 derivation with the kernels:
 
-    S = scale · Q Kᵀ          P = softmax(S + mask)          mass_ig = Σ_j P_ij [key_groups_j = g]
+    S = scale · Q Kᵀ, soft-capped to c·tanh(S/c), less slope·|i − j|
+    P = softmax([S + mask, sink])          mass_ig = Σ_j P_ij w_jg          out_i = Σ_j Z_ij P_ij V_j
 
-A row that sees no key has output 0, mass 0, LSE −inf, and no gradient.
+w_jg is [key_groups_j = g] or the key's weight, Z dropout. A row that sees no key has output 0, mass 0, LSE −inf, and
+no gradient.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from abft_kernels.philox import dropout_keep
 
 __all__ = ["mass_attention_reference", "row_mass_reference"]
 
 
-def row_positions_of(n_q: int, n_k: int, causal: bool, device: torch.device) -> Tensor:
-    """Key position of each query row when the last query is aligned with the last key, `(n_q,)` int64.
-
-    Without a causal mask a position only says that the row is present, so negative ones are lifted to 0.
-    """
-    positions = torch.arange(n_q, device=device) + (n_k - n_q)
-    return positions if causal else positions.clamp(min=0)
+def row_positions_of(n_q: int, n_k: int, device: torch.device) -> Tensor:
+    """Key position of each query row when the last query is aligned with the last key, `(n_q,)` int64."""
+    return torch.arange(n_q, device=device) + (n_k - n_q)
 
 
-def _visible(positions: Tensor, n_k: int, causal: bool, starts: Tensor | None, ends: Tensor | None) -> Tensor:
-    """`(B, 1, R, N)` bool: may row r of sample b look at key j?"""
-    keys = torch.arange(n_k, device=positions.device)
-    rows = positions[:, None, :, None]
-    start = 0 if starts is None else starts[:, None, None, None]
-    end = n_k if ends is None else ends[:, None, None, None]
-    visible = (keys >= start) & (keys < end) & (rows >= start) & (rows < end)
-    return visible & (keys <= rows) if causal else visible
+def _row_bounds(
+    positions: Tensor,
+    n_k: int,
+    seq_lens: Tensor | None,
+    seq_starts: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_offset: int | None,
+) -> tuple[Tensor, Tensor]:
+    """First and one-past-last position of the sequence that each row `(S, R)` stands in; equal if in none."""
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.long()
+        inside = (positions >= 0) & (positions < cu_seqlens[-1])
+        sequence = torch.searchsorted(cu_seqlens, positions.clamp(0).contiguous(), right=True) - 1
+        sequence = sequence.clamp(0, len(cu_seqlens) - 2)
+        start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
+        return start, torch.where(inside, end, start)
+    if seq_lens is None:
+        return torch.full_like(positions, key_offset or 0), torch.full_like(positions, (key_offset or 0) + n_k)
+    start = torch.zeros_like(seq_lens) if seq_starts is None else seq_starts
+    start, end = (x.long()[:, None].expand_as(positions) for x in (start, start + seq_lens))
+    inside = (positions >= start) & (positions < end)
+    return start, torch.where(inside, end, start)
+
+
+def _weights(key_groups: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
+    """w_jg, `(B, N, G)`."""
+    if key_groups.is_floating_point():
+        return key_groups.to(dtype)
+    return (key_groups[..., None] == torch.arange(num_groups, device=key_groups.device)).to(dtype)
 
 
 def _probabilities(
     q: Tensor,
     k: Tensor,
     positions: Tensor,
+    present: Tensor,
+    *,
     causal: bool,
     scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     seq_lens: Tensor | None,
     seq_starts: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_offset: int | None,
 ) -> tuple[Tensor, Tensor]:
+    """P `(S, H, R, N)` and LSE `(S, H, R)` of rows at `positions` `(S, R)`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    starts, ends = None, None
-    if seq_lens is not None:
-        starts = torch.zeros_like(seq_lens) if seq_starts is None else seq_starts
-        ends = starts + seq_lens
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = (q @ k.transpose(-1, -2)) * scale
+    scores = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(-1, -2)) * scale
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores = scores.masked_fill(~_visible(positions, k.shape[2], causal, starts, ends), float("-inf"))
+    keys = torch.arange(k.shape[2], device=q.device) + (key_offset or 0)
+    rows = positions[:, None, :, None]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(scores.dtype).reshape(-1, q.shape[1], 1, 1)
+        scores = scores - slopes * (rows - keys).abs()
+    start, end = _row_bounds(positions, k.shape[2], seq_lens, seq_starts, cu_seqlens, key_offset)
+    visible = (keys >= start[:, None, :, None]) & (keys < end[:, None, :, None]) & present[:, None, :, None]
+    if causal:
+        visible = visible & (keys <= rows)
+    if window is not None:
+        visible = visible & (keys > rows - window)
+    some = visible.any(-1)
+    scores = scores.masked_fill(~visible, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
-    probabilities = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    return probabilities, lse
-
-
-def _mass(probabilities: Tensor, key_groups: Tensor, num_groups: int) -> Tensor:
-    groups = torch.arange(num_groups, device=key_groups.device)
-    indicator = (key_groups[..., None] == groups).to(probabilities.dtype)  # [B, N, G]
-    return probabilities @ indicator[:, None]
+    if sinks is not None:
+        lse = torch.where(some, torch.logaddexp(lse, sinks.to(lse.dtype)[:, None]), lse)
+    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]), lse
 
 
 def row_mass_reference(
@@ -70,16 +106,33 @@ def row_mass_reference(
     key_groups: Tensor,
     num_groups: int,
     *,
-    row_positions: Tensor,
+    row_positions: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_offset: int | None = None,
+    query_offset: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Oracle of :func:`abft_kernels.row_mass`: the same arguments and results, O(R·N) memory."""
-    probabilities, lse = _probabilities(q, k, row_positions, causal, scale, seq_lens, seq_starts)
-    mass = _mass(probabilities, key_groups, num_groups)
+    if row_positions is None:
+        offset = (key_offset or 0) + k.shape[2] - q.shape[2] if query_offset is None else query_offset
+        positions = (torch.arange(q.shape[2], device=q.device) + offset).expand(q.shape[0], -1)
+        present = torch.ones_like(positions, dtype=torch.bool)
+    else:
+        positions, present = row_positions.long(), row_positions >= 0
+    probabilities, lse = _probabilities(
+        q, k, positions, present, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
+        alibi_slopes=alibi_slopes, seq_lens=seq_lens, seq_starts=seq_starts, cu_seqlens=cu_seqlens,
+        key_offset=key_offset,
+    )  # fmt: skip
+    mass = probabilities @ _weights(key_groups, num_groups, probabilities.dtype)[:, None]
     return (mass, lse) if return_lse else mass
 
 
@@ -92,9 +145,19 @@ def mass_attention_reference(
     *,
     causal: bool = True,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_offset: int | None = None,
+    query_offset: int | None = None,
     row_positions: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
     return_lse: bool = False,
 ) -> tuple[Tensor, ...]:
     """Oracle of :func:`abft_kernels.mass_attention`: the same arguments and results, O(N²) memory.
@@ -102,23 +165,38 @@ def mass_attention_reference(
     In float16 and bfloat16 it rounds where an eager implementation does: scores come out of the product in
     the input dtype, softmax runs in float32, and the probabilities are rounded before they meet V.
     """
-    positions = row_positions_of(q.shape[2], k.shape[2], causal, q.device).expand(q.shape[0], -1)
-    probabilities, lse = _probabilities(q, k, positions, causal, scale, seq_lens, seq_starts)
-    out = probabilities.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    mass = _mass(probabilities, key_groups, num_groups)
+    shared: dict[str, Any] = {
+        "causal": causal, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks,
+        "alibi_slopes": alibi_slopes, "seq_lens": seq_lens, "seq_starts": seq_starts, "cu_seqlens": cu_seqlens,
+        "key_offset": key_offset,
+    }  # fmt: skip
+    n_q, n_k = q.shape[2], k.shape[2]
+    offset = (key_offset or 0) + n_k - n_q if query_offset is None else query_offset
+    positions = (torch.arange(n_q, device=q.device) + offset).expand(q.shape[0], -1)
+    probabilities, lse = _probabilities(q, k, positions, torch.ones_like(positions, dtype=torch.bool), **shared)
+    kept = probabilities
+    if dropout_p:
+        streams = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(q.shape[0], q.shape[1], 1, 1)
+        rows, keys = torch.arange(n_q, device=q.device)[:, None], torch.arange(n_k, device=q.device)
+        kept = kept * dropout_keep(dropout_seed, dropout_p, streams, rows, keys) / (1 - dropout_p)
+    out = kept.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     if row_positions is not None:
-        rows = gather_rows(q, row_positions, k.shape[2])
+        rows = gather_rows(q, row_positions, offset)
         mass, lse = row_mass_reference(
-            rows, k, key_groups, num_groups, row_positions=row_positions, causal=causal, scale=scale,
-            seq_lens=seq_lens, seq_starts=seq_starts, return_lse=True,
-        )  # fmt: skip
+            rows, k, key_groups, num_groups, row_positions=row_positions, return_lse=True, **shared
+        )
+    else:
+        mass = probabilities @ _weights(key_groups, num_groups, probabilities.dtype)[:, None]
+        if row_mask is not None:
+            mass = mass * row_mask.to(torch.bool)[:, None, :, None]
     return (out, mass, lse) if return_lse else (out, mass)
 
 
-def gather_rows(q: Tensor, row_positions: Tensor, n_k: int) -> Tensor:
-    """Rows of q `(B, H, N_q, D)` at key positions `(B, R)`: `(B, H, R, D)`. Negative positions give row 0.
+def gather_rows(q: Tensor, row_positions: Tensor, offset: int) -> Tensor:
+    """Rows of q `(B, H, N_q, D)` at positions `(S, R)`: `(S, H, R, D)`; negative positions give some row.
 
-    Positions count the `n_k` keys; the last query is aligned with the last key.
+    `offset` is the position of row 0. S is B, or any number of packed sequences over a batch of 1.
     """
-    index = (row_positions.long() - (n_k - q.shape[2])).clamp(min=0)
+    index = (row_positions.long() - offset).clamp(0, max(0, q.shape[2] - 1))
+    q = q.expand(index.shape[0], -1, -1, -1)
     return q.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))

@@ -1,132 +1,293 @@
-"""The `torch` backend: PyTorch's own attention beside a recomputation of the wanted rows.
+"""The `torch` backend: rows of scores recomputed a few at a time, forward and backward, in plain PyTorch.
 
-Works on every device and dtype, and holds no N × N tensor: the output comes from
-`scaled_dot_product_attention`, which is given masks that it can apply without one, and rows of scores are
-recomputed a few at a time, forward and backward.
+Works on every device and dtype with every feature, and holds no N × N tensor. Where PyTorch's own attention can
+give the output (`abft_kernels.sdpa`), only the masses are computed here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# Scores held at once by the row recomputation, and rows for which an explicit (rows × keys) mask is cheaper
-# than squaring the problem. Both only trade time for memory.
+from abft_kernels.merging import sink_gradient
+from abft_kernels.philox import dropout_keep
+from abft_kernels.spec import ABSENT, Extras, Options
+
+# Scores held at once; it only trades time for memory.
 _SCORE_ELEMENTS = 1 << 24
-_MASKED_ROWS = 128
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+class _Piece(NamedTuple):
+    """Some rows of some samples, and the keys that they can see; `low … high − 1` are those of each row."""
+
+    batch: slice
+    key_batch: slice
+    rows: slice
+    keys: slice
+    low: Tensor  # (b, r)
+    high: Tensor  # (b, r)
 
 
-def _row_valid(positions: Tensor, starts: Tensor | None, ends: Tensor | None, n_k: int) -> Tensor:
-    """`(B, R)` bool: rows that stand on one of their sample's own tokens."""
-    low = 0 if starts is None else starts[:, None]
-    high = n_k if ends is None else ends[:, None]
-    return (positions >= low) & (positions < high)
+class _Rows:
+    """Scores of a few rows at a time, `(b, H_kv, group, r, keys)`.
 
-
-def _key_valid(starts: Tensor | None, ends: Tensor, n_k: int) -> Tensor:
-    """`(B, N)` bool: keys that are one of their sample's own tokens."""
-    keys = torch.arange(n_k, device=ends.device)
-    valid = keys < ends[:, None]
-    return valid if starts is None else valid & (keys >= starts[:, None])
-
-
-def _zero_outside(x: Tensor, valid: Tensor) -> Tensor:
-    """`(B, H, N, D)` with 0 in the rows that are not `valid` `(B, N)`."""
-    return x.masked_fill(~valid[:, None, :, None], 0.0)
-
-
-class _RowChunks:
-    """Scores of a few rows at a time, all query heads of a KV head together.
-
-    Absent rows and padded keys are read as 0, so that what stands there, NaN too, has no effect.
+    Absent rows and keys outside the sequences are read as 0, so that what stands there, NaN too, has no effect.
     """
 
-    def __init__(self, q, k, positions, starts, ends, causal, scale):
-        self.dtype = _accumulation_dtype(q.dtype)
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        positions: Tensor,
+        extras: Extras,
+        options: Options,
+        along_keys: bool,
+    ):
+        self.along_keys = along_keys  # packed sequences: queries too, and not a batch of them
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.q, self.extras, self.options = q, extras, options
         self.batch, self.heads, self.num_rows, self.head_dim = q.shape
         self.kv_heads, self.num_keys = k.shape[1], k.shape[2]
-        self.valid = _row_valid(positions, starts, ends, k.shape[2])
-        self.q = _zero_outside(q, self.valid)
-        self.k = k.to(self.dtype)
-        if ends is not None:
-            self.k = _zero_outside(self.k, _key_valid(starts, ends, k.shape[2]))
-        self.positions, self.starts, self.ends = positions, starts, ends
-        self.causal, self.scale = causal, scale
+        self.group = self.heads // self.kv_heads
+        self.positions = positions
+        self.on_cpu = positions.device.type == "cpu"
+        own = None if extras.ends is None or options.packed else self._own_keys()
+        self.k = k if own is None else k.masked_fill(own, 0.0)
+        self.v = v if own is None or v is None else v.masked_fill(own, 0.0)
+        self.weights = None
+        if options.num_groups:
+            self.weights = self._weights() if own is None else self._weights().masked_fill(own[:, 0], 0.0)
 
-    def slices(self) -> Iterator[tuple[slice, slice]]:
-        """Slices of R, each with the slice of N that its rows can see."""
-        per_row = max(1, self.batch * self.heads * self.num_keys)
-        step = max(1, _SCORE_ELEMENTS // per_row)
-        for first in range(0, self.num_rows, step):
-            rows = slice(first, min(first + step, self.num_rows))
-            yield rows, slice(0, self._last_key(rows))
+    def _own_keys(self) -> Tensor:
+        """`(B, 1, N, 1)` bool: keys that belong to no sequence."""
+        keys = torch.arange(self.num_keys, device=self.q.device)
+        start, end = self._bounds(slice(None))
+        return ((keys < start[:, None]) | (keys >= end[:, None]))[:, None, :, None]
 
-    def _last_key(self, rows: slice) -> int:
-        # Only where reading the positions does not stall a GPU stream.
-        if not self.causal or self.positions.device.type != "cpu" or self.batch == 0:
-            return self.num_keys
-        return min(self.num_keys, max(1, int(self.positions[:, rows].amax()) + 1))
+    def _weights(self) -> Tensor:
+        """w_jg, `(B, N, G)`."""
+        if self.extras.weights is not None:
+            return self.extras.weights.detach().to(self.dtype)
+        groups = self.extras.groups
+        assert groups is not None
+        index = torch.arange(self.options.num_groups, device=groups.device, dtype=groups.dtype)
+        return (groups[:, :, None] == index).to(self.dtype)
 
-    def pack(self, x: Tensor, rows: slice) -> Tensor:
-        """`(B, H, R, …)` → `(B, Hkv, group·r, …)` for the rows of one chunk, in the accumulation dtype."""
-        x = x[:, :, rows].to(self.dtype)
-        return x.reshape(self.batch, self.kv_heads, self.heads // self.kv_heads * x.shape[2], *x.shape[3:])
+    def _bounds(self, sequences: slice) -> tuple[Tensor, Tensor]:
+        count = self.batch if self.extras.ends is None else self.extras.ends.shape[0]
+        zeros = torch.zeros(count, dtype=torch.int64, device=self.q.device)
+        start = zeros if self.extras.starts is None else self.extras.starts.long()
+        end = zeros + self.num_keys if self.extras.ends is None else self.extras.ends.long()
+        return start[sequences], end[sequences]
+
+    def _sources(self) -> Iterator[tuple[slice, slice, slice, slice, slice]]:
+        """Sequences, samples of q and of k, rows and keys that belong together."""
+        everything = slice(0, self.num_rows)
+        keys = slice(0, self.num_keys)
+        if not self.options.packed:
+            yield slice(None), slice(None), slice(None), everything, keys
+            return
+        starts, ends = (x.tolist() for x in self._bounds(slice(None)))
+        for s, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            if end <= start:
+                continue
+            one = slice(s, s + 1)
+            if self.along_keys:
+                yield one, slice(0, 1), slice(0, 1), slice(start, end), slice(start, end)
+            else:
+                yield one, one, slice(0, 1), everything, slice(start, end)
+
+    def pieces(self) -> Iterator[_Piece]:
+        for sequences, batch, key_batch, rows, keys in self._sources():
+            start, end = self._bounds(sequences)
+            samples = len(range(self.batch)[batch])
+            step = max(1, _SCORE_ELEMENTS // max(1, samples * self.heads * (keys.stop - keys.start)))
+            for first in range(rows.start, rows.stop, step):
+                chunk = slice(first, min(first + step, rows.stop))
+                position = self.positions[batch, chunk].long()
+                low, high = start[:, None].expand_as(position), end[:, None].expand_as(position)
+                absent = position == ABSENT
+                if self.extras.ends is not None:
+                    absent = absent | (position < low) | (position >= high)
+                if self.options.causal:
+                    high = torch.minimum(high, position + 1)
+                if self.options.window:
+                    low = torch.maximum(low, position - self.options.window + 1)
+                low, high = low.clamp(min=0), high.clamp(max=self.num_keys).masked_fill(absent, 0)
+                yield _Piece(batch, key_batch, chunk, self._reach(keys, low, high), low, high)
+
+    def _reach(self, keys: slice, low: Tensor, high: Tensor) -> slice:
+        # Only where reading the bounds does not stall a GPU stream.
+        if not self.on_cpu or low.numel() == 0:
+            return keys
+        some = low < high
+        first = int(torch.where(some, low, keys.stop).amin())
+        last = int(torch.where(some, high, keys.start).amax())
+        first = min(max(first, keys.start), keys.stop - 1)
+        return slice(first, max(last, first + 1))
+
+    def rows_of(self, x: Tensor, piece: _Piece) -> Tensor:
+        """`(B, H, R, …)` → `(b, H_kv, group·r, …)`: the rows of one piece, in the accumulation dtype."""
+        x = x[piece.batch, :, piece.rows].to(self.dtype)
+        return x.reshape(x.shape[0], self.kv_heads, self.group * x.shape[2], *x.shape[3:])
+
+    def queries(self, piece: _Piece) -> Tensor:
+        q = self.q[piece.batch, :, piece.rows].masked_fill((piece.low >= piece.high)[:, None, :, None], 0.0)
+        return q.to(self.dtype).reshape(q.shape[0], self.kv_heads, -1, self.head_dim)
+
+    def keys_of(self, x: Tensor, piece: _Piece) -> Tensor:
+        return x[piece.key_batch, :, piece.keys].to(self.dtype)
+
+    def scores(self, q: Tensor, k: Tensor, piece: _Piece) -> tuple[Tensor, Tensor | None]:
+        """Masked scores `(b, H_kv, group·r, keys)`, and the tanh of the soft cap."""
+        scores = (q @ k.transpose(-1, -2)).mul_(self.options.scale)
+        capped = None
+        if self.options.softcap:
+            capped = torch.tanh(scores / self.options.softcap)
+            scores = capped * self.options.softcap
+        index = torch.arange(piece.keys.start, piece.keys.stop, device=scores.device)
+        spread = scores.view(scores.shape[0], self.kv_heads, self.group, -1, scores.shape[-1])
+        if self.extras.slopes is not None:
+            slopes = self.extras.slopes[piece.batch].to(self.dtype).view(-1, self.kv_heads, self.group, 1, 1)
+            position = self.positions[piece.batch, piece.rows].long()
+            spread -= slopes * (position[..., None] - index).abs()[:, None, None]
+        hidden = (index < piece.low[..., None]) | (index >= piece.high[..., None])
+        return spread.masked_fill_(hidden[:, None, None], float("-inf")).view_as(scores), capped
+
+    def lse(self, scores: Tensor) -> Tensor:
+        lse = torch.logsumexp(scores, dim=-1)
+        if self.extras.sinks is None:
+            return lse
+        sinks = self.extras.sinks.detach().to(self.dtype).view(1, self.kv_heads, self.group, 1)
+        spread = lse.view(lse.shape[0], self.kv_heads, self.group, -1)
+        return torch.where(spread > float("-inf"), torch.logaddexp(spread, sinks), spread).view_as(lse)
+
+    def keep(self, piece: _Piece) -> Tensor | None:
+        """Dropout's factors `(b, H_kv, group·r, keys)`, or None."""
+        p = self.options.dropout_p
+        if not p:
+            return None
+        device = self.q.device
+        samples = torch.arange(self.batch, device=device)[piece.batch]
+        streams = samples[:, None] * self.heads + torch.arange(self.heads, device=device)
+        rows = torch.arange(piece.rows.start, piece.rows.stop, device=device)[:, None]
+        keys = torch.arange(piece.keys.start, piece.keys.stop, device=device)
+        keep = dropout_keep(self.options.seed, p, streams[:, :, None, None], rows, keys).to(self.dtype) / (1 - p)
+        return keep.view(len(samples), self.kv_heads, -1, len(keys))
 
     def unpack(self, x: Tensor) -> Tensor:
-        group = self.heads // self.kv_heads
-        return x.reshape(self.batch, self.heads, x.shape[2] // group, *x.shape[3:])
-
-    def scores(self, rows: slice, keys: slice) -> Tensor:
-        scores = (self.pack(self.q, rows) @ self.k[:, :, keys].transpose(-1, -2)) * self.scale
-        index = torch.arange(keys.stop, device=scores.device)
-        visible = self.valid[:, rows, None].expand(-1, -1, keys.stop)
-        if self.causal:
-            visible = visible & (index <= self.positions[:, rows, None])
-        if self.starts is not None:
-            visible = visible & (index >= self.starts[:, None, None])
-        if self.ends is not None:
-            visible = visible & (index < self.ends[:, None, None])
-        group = self.heads // self.kv_heads
-        hidden = ~visible[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
-        return scores.masked_fill_(hidden, float("-inf"))
+        """`(b, H_kv, group·r, …)` → `(b, H, r, …)`."""
+        return x.reshape(x.shape[0], self.heads, x.shape[2] // self.group, *x.shape[3:])
 
 
-def _indicator(groups: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
-    index = torch.arange(num_groups, device=groups.device, dtype=groups.dtype)
-    return (groups[:, :, None] == index).to(dtype)[:, None]  # [B, 1, N, G]
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor | None, positions: Tensor, extras: Extras, options: Options, along_keys: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = _Rows(q, k, v, positions, extras, options, along_keys)
+    batch, heads, n_q, _ = q.shape
+    # Rows in no piece, those behind packed sequences, stay as they are filled here.
+    out = q.new_zeros((batch, n_q, heads, 0 if v is None else v.shape[3])).transpose(1, 2)
+    mass = q.new_zeros((batch, heads, n_q, options.num_groups), dtype=rows.dtype)
+    lse = q.new_full((batch, heads, n_q), float("-inf"), dtype=rows.dtype)
+    if k.shape[2] == 0 or batch == 0:
+        return out, mass, lse
+    for piece in rows.pieces():
+        scores, _ = rows.scores(rows.queries(piece), rows.keys_of(rows.k, piece), piece)
+        piece_lse = rows.lse(scores)
+        finite = piece_lse.masked_fill(piece_lse == float("-inf"), 0.0)
+        probabilities = scores.sub_(finite[..., None]).exp_()
+        lse[piece.batch, :, piece.rows] = rows.unpack(piece_lse)
+        if rows.weights is not None:
+            weights = rows.weights[piece.key_batch, piece.keys][:, None]
+            mass[piece.batch, :, piece.rows] = rows.unpack(probabilities @ weights)
+        if rows.v is not None:
+            if (keep := rows.keep(piece)) is not None:
+                probabilities = probabilities.mul_(keep)
+            values = probabilities @ rows.keys_of(rows.v, piece)
+            out[piece.batch, :, piece.rows] = rows.unpack(values).to(out.dtype)
+    if extras.row_mask is not None:
+        mass = mass.masked_fill_(extras.row_mask[:, None, :, None] == 0, 0.0)
+    return out, mass, lse
+
+
+def _backward(
+    do: Tensor | None,
+    dmass: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    positions: Tensor,
+    extras: Extras,
+    out: Tensor | None,
+    mass: Tensor,
+    lse: Tensor,
+    options: Options,
+    weights_wanted: bool,
+    along_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dS = P·(Z dO·V + Σ_g dmass_g w_g − δ)·(1 − tanh²), δ = Σ dO·O + Σ_g dmass_g mass_g − dlse."""
+    rows = _Rows(q, k, v, positions, extras, options, along_keys)
+    if rows.weights is None:
+        dmass = None
+    do = do if v is not None and out is not None else None
+    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    dk = torch.zeros(k.shape, dtype=rows.dtype, device=k.device)
+    dv = torch.zeros(v.shape if v is not None and do is not None else (0,), dtype=rows.dtype, device=k.device)
+    want_dw = weights_wanted and extras.weights is not None and dmass is not None
+    dw = torch.zeros(rows.weights.shape if want_dw and rows.weights is not None else (0,), dtype=rows.dtype,
+                     device=k.device)  # fmt: skip
+    dsinks = torch.zeros(0, dtype=rows.dtype, device=k.device)
+    absent = lse == float("-inf")
+    delta = torch.zeros_like(lse) if dlse is None else -dlse
+    if dmass is not None:
+        unwanted = absent if extras.row_mask is None else absent | (extras.row_mask[:, None] == 0)
+        dmass = dmass.masked_fill(unwanted[..., None], 0.0)
+        delta = delta + (dmass * mass).sum(-1)
+    if do is not None and out is not None:
+        do = do.masked_fill(absent[..., None], 0.0)
+        delta = delta + (do.to(rows.dtype) * out.to(rows.dtype)).sum(-1)
+    delta = delta.masked_fill(absent, 0.0)
+    if extras.sinks is not None:
+        dsinks = sink_gradient(extras.sinks, lse, delta)
+    for piece in rows.pieces() if k.shape[2] and q.shape[0] else ():
+        queries, keys = rows.queries(piece), rows.keys_of(rows.k, piece)
+        piece_lse = rows.rows_of(lse, piece)
+        scores, capped = rows.scores(queries, keys, piece)
+        p = scores.sub_(piece_lse.masked_fill(piece_lse == float("-inf"), 0.0)[..., None]).exp_()
+        slope = -rows.rows_of(delta, piece)[..., None]
+        if dmass is not None and rows.weights is not None:
+            piece_dmass = rows.rows_of(dmass, piece)
+            slope = slope + piece_dmass @ rows.weights[piece.key_batch, piece.keys].transpose(-1, -2)[:, None]
+            if want_dw:
+                dw[piece.key_batch, piece.keys] += (p.transpose(-1, -2) @ piece_dmass).sum(1)
+        if do is not None and rows.v is not None:
+            piece_do, keep = rows.rows_of(do, piece), rows.keep(piece)
+            dp = piece_do @ rows.keys_of(rows.v, piece).transpose(-1, -2)
+            kept = p
+            if keep is not None:
+                kept, dp = p * keep, dp.mul_(keep)
+            _add(dv, piece, kept.transpose(-1, -2) @ piece_do)
+            slope = slope + dp
+        ds = p * slope if capped is None else p * slope * (1 - capped.square())
+        dq[piece.batch, :, piece.rows] = rows.unpack((ds @ keys) * options.scale).to(dq.dtype)
+        _add(dk, piece, (ds.transpose(-1, -2) @ queries) * options.scale)
+    return dq, dk.to(k.dtype), dv.to(q.dtype), dw, dsinks
+
+
+def _add(total: Tensor, piece: _Piece, part: Tensor) -> None:
+    total[piece.key_batch, :, piece.keys] += part
 
 
 def row_mass_forward(
-    q: Tensor,
-    k: Tensor,
-    groups: Tensor,
-    positions: Tensor,
-    starts: Tensor | None,
-    ends: Tensor | None,
-    num_groups: int,
-    causal: bool,
-    scale: float,
+    q: Tensor, k: Tensor, positions: Tensor, extras: Extras, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Mass `(B, H, R, G)` and natural-log LSE `(B, H, R)` of the rows, float32 (float64 for float64)."""
-    chunks = _RowChunks(q, k, positions, starts, ends, causal, scale)
-    indicator = _indicator(groups, num_groups, chunks.dtype)
-    mass = q.new_empty((*q.shape[:3], num_groups), dtype=chunks.dtype)
-    lse = q.new_empty(q.shape[:3], dtype=chunks.dtype)
-    for rows, keys in chunks.slices():
-        scores = chunks.scores(rows, keys)
-        chunk_lse = torch.logsumexp(scores, dim=-1)
-        finite = chunk_lse.masked_fill(chunk_lse == float("-inf"), 0.0)
-        probabilities = scores.sub_(finite[..., None]).exp_()
-        mass[:, :, rows] = chunks.unpack(probabilities @ indicator[:, :, keys])
-        lse[:, :, rows] = chunks.unpack(chunk_lse)
-    return mass, lse
+    """Mass `(S, H, R, G)` and natural-log LSE `(S, H, R)` of the rows, float32 (float64 for float64)."""
+    return _forward(q, k, None, positions, extras, options, False)[1:]
 
 
 def row_mass_backward(
@@ -134,117 +295,45 @@ def row_mass_backward(
     dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
-    groups: Tensor,
     positions: Tensor,
-    starts: Tensor | None,
-    ends: Tensor | None,
+    extras: Extras,
     mass: Tensor,
     lse: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """dq `(B, H, R, D)` and dk `(B, Hkv, N, D)`: dS = P·(Σ_g dmass_g (w_g − mass_g) + dlse)."""
-    chunks = _RowChunks(q, k, positions, starts, ends, causal, scale)
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk = torch.zeros_like(chunks.k, memory_format=torch.contiguous_format)
-    indicator = _indicator(groups, mass.shape[-1], chunks.dtype).transpose(-1, -2)
-    for rows, keys in chunks.slices():
-        chunk_lse = chunks.pack(lse, rows)
-        no_key = chunk_lse == float("-inf")
-        scores = chunks.scores(rows, keys)
-        ds = scores.sub_(chunk_lse.masked_fill(no_key, 0.0)[..., None]).exp_()
-        slope = torch.zeros_like(chunk_lse) if dlse is None else chunks.pack(dlse, rows).masked_fill(no_key, 0)
-        if dmass is None:
-            ds = ds.mul_(slope[..., None])
-        else:
-            packed = chunks.pack(dmass, rows).masked_fill(no_key[..., None], 0)
-            slope = slope - (packed * chunks.pack(mass, rows)).sum(-1)
-            ds = ds.mul_((packed @ indicator[..., keys]).add_(slope[..., None]))
-        dq[:, :, rows] = chunks.unpack((ds @ chunks.k[:, :, keys]) * scale).to(dq.dtype)
-        dk[:, :, keys] += (ds.transpose(-1, -2) @ chunks.pack(chunks.q, rows)) * scale
-    return dq, dk.to(k.dtype)
-
-
-def _roll(x: Tensor, shift: Tensor) -> Tensor:
-    """Rolls each sample of `(B, H, N, D)` left by its own shift `(B,)`."""
-    length = x.shape[2]
-    index = (torch.arange(length, device=x.device) + shift[:, None]) % length
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool, dropout_p: float) -> Tensor:
-    # PyTorch falls back to an N × N form where its kernels cannot run: for them the last dimension must be
-    # contiguous, and heads equal in number if there is a mask or, on a GPU, in float32. On a CPU its grouped
-    # gradients of k and v are summed over the heads in 16 bits, with twice the error.
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    group = q.shape[1] // k.shape[1]
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    native_gqa = group > 1 and mask is None and half == (q.device.type != "cpu")
-    if group > 1 and not native_gqa:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=native_gqa
+    options: Options,
+    weights_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq `(S, H, R, D)`, dk `(B, H_kv, N, D)`, dweights and dsinks."""
+    dq, dk, _, dw, dsinks = _backward(
+        None, dmass, dlse, q, k, None, positions, extras, None, mass, lse, options, weights_wanted, False
     )
+    return dq, dk, dw, dsinks
 
 
-def attention_output(
+def _all_positions(q: Tensor, options: Options) -> Tensor:
+    return (torch.arange(q.shape[2], device=q.device) + options.offset).expand(q.shape[0], -1)
+
+
+def mass_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor | None, extras: Extras, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `(B, H, N_q, D_v)` (empty without v), mass and LSE of every row."""
+    return _forward(q, k, v, _all_positions(q, options), extras, options, True)
+
+
+def mass_attention_backward(
+    do: Tensor | None,
+    dmass: Tensor | None,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    starts: Tensor | None,
-    ends: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """Output `(B, H, N_q, D)` of PyTorch's attention under the same mask; padded rows are 0.
-
-    Padding needs no N × N mask: after each sample is rolled to the left edge, plain causal attention is exact
-    for its tokens. Queries shorter than the keys are masked explicitly while that costs O(N), and squared with
-    absent rows otherwise.
-    """
-    n_q, n_k = q.shape[2], k.shape[2]
-    if causal and n_q > n_k:  # the surplus leading rows see no key
-        seen = attention_output(
-            q[:, :, n_q - n_k :], k, v, positions[:, n_q - n_k :], starts, ends, True, scale, dropout_p
-        )
-        return torch.cat([seen.new_zeros((*q.shape[:2], n_q - n_k, v.shape[3])), seen], dim=2)
-    valid = _row_valid(positions, starts, ends, n_k)
-    if ends is not None:
-        keys = _key_valid(starts, ends, n_k)
-        q, k, v = _zero_outside(q, valid), _zero_outside(k, keys), _zero_outside(v, keys)
-    if not causal or n_q == 1 or (n_q < n_k and n_q <= _MASKED_ROWS):
-        mask = _explicit_mask(positions, starts, ends, valid, n_k, causal and n_q > 1)
-        out = _sdpa(q, k, v, scale, mask, False, dropout_p)
-    elif n_q < n_k:
-        square = F.pad(q, (0, 0, n_k - n_q, 0))
-        rows = torch.arange(n_k, device=q.device).expand(q.shape[0], -1)
-        out = attention_output(square, k, v, rows, starts, ends, True, scale, dropout_p)
-        return out[:, :, n_k - n_q :]
-    elif starts is None:
-        out = _sdpa(q, k, v, scale, None, True, dropout_p)
-    else:
-        q, k, v = (_roll(x, starts) for x in (q, k, v))
-        out = _roll(_sdpa(q, k, v, scale, None, True, dropout_p), -starts)
-    return out if ends is None else out.masked_fill(~valid[:, None, :, None], 0.0)
-
-
-def _explicit_mask(
-    positions: Tensor, starts: Tensor | None, ends: Tensor | None, valid: Tensor, n_k: int, causal: bool
-) -> Tensor | None:
-    """Bool `(B, 1, 1 or N_q, N_k)`; None where every key is seen. Absent rows see all keys, which keeps the
-    softmax finite; their output is replaced afterwards."""
-    if ends is None and not causal:
-        return None
-    keys = torch.arange(n_k, device=positions.device)
-    mask = torch.ones((positions.shape[0], 1, n_k), dtype=torch.bool, device=positions.device)
-    if causal:
-        mask = keys <= positions[:, :, None]
-    if starts is not None:
-        mask = mask & (keys >= starts[:, None, None])
-    if ends is not None:
-        mask = mask & (keys < ends[:, None, None])
-        empty = ~valid if causal else (~valid).all(dim=1, keepdim=True)
-        mask = mask | empty[:, :, None]
-    return mask[:, None]
+    v: Tensor | None,
+    extras: Extras,
+    out: Tensor,
+    mass: Tensor,
+    lse: Tensor,
+    options: Options,
+    weights_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dweights and dsinks; arguments as in `abft_kernels.ops.mass_attention_backward_op`."""
+    positions = _all_positions(q, options)
+    return _backward(do, dmass, dlse, q, k, v, positions, extras, out, mass, lse, options, weights_wanted, True)

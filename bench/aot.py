@@ -1,10 +1,10 @@
 """Compiles every kernel of the launch table ahead of time, with no GPU, and reads what the compiler made of it.
 
     python -m bench.aot [--json FILE]      the table: registers, spills, shared memory, matrix instructions
-    python -m bench.aot --sweep            candidates for the table instead of its entries
 
-All features are on (causal, left padding, every incoming gradient). `--variants` adds two forms of each kernel that
-a launch can also take: every feature off, and all integer arguments 1 (which Triton makes constants).
+Each is causal with left padding and every incoming gradient, as a padded batch in training is; `--variants` adds the
+feature sets of `VARIANTS`, a form without any feature, and one with all integer arguments 1, which Triton makes
+constants. `python -m bench.derive` chooses the entries.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,8 @@ import triton.backends.nvidia as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from abft_kernels.launch import TABLE, Launch, preprocess_block
-from abft_kernels.triton import backward, forward, rows
+from abft_kernels.launch import TABLE, Launch, preprocess_block, table_architecture
+from abft_kernels.triton import backward, forward, merge, rows
 from abft_kernels.triton.common import head_block, next_power_of_2
 from bench.provenance import provenance, write_json
 
@@ -42,58 +43,25 @@ KERNELS = {
     "backward_kv": ["_mass_attn_bwd_kv_kernel"],
     "backward_q": ["_mass_attn_bwd_q_kernel"],
     "rows": ["_row_mass_fwd_kernel", "_row_mass_bwd_kernel"],
-    "other": ["_mass_attn_bwd_preprocess_kernel", "_row_mass_combine_kernel"],
+    "other": ["_mass_attn_bwd_preprocess_kernel", "row_mass_combine_kernel", "row_mass_dq_kernel"],
 }
 # Shared memory that one program may have, in bytes; sm_80 itself has 163 KiB, sm_86 and sm_89 run the same entries.
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-_POINTERS = {"Groups": "*i8", "Labelled": "*i8", "Starts": "*i32", "Ends": "*i32", "Positions": "*i32"}
-_FLOAT32 = ("Mass", "dMass", "LSE", "dLSE", "Delta", "PartLSE", "PartMass", "PartDQ")
-_FLOATS = ("scale", "qk_scale", "log2e", "ln2")
-
-# --sweep: (block_m, block_n, num_warps, num_stages) by kernel, element size and head tile; best guess first.
-_CANDIDATES: dict[tuple[str, int], dict[int, list[tuple[int, int, int, int]]]] = {
-    ("forward", 2): {
-        64: [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)],
-        128: [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3),
-              (64, 64, 8, 2), (64, 32, 4, 3)],
-        256: [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 3)],
-    },
-    ("forward", 4): {
-        64: [(64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 4, 1), (32, 32, 8, 1), (32, 16, 4, 1)],
-        128: [(64, 32, 8, 1), (32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 4, 1)],
-        256: [(32, 16, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)],
-    },
-    ("backward_kv", 2): {
-        64: [(64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 2)],
-        128: [(64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 4, 1), (32, 64, 8, 2)],
-        256: [(32, 64, 8, 1), (32, 32, 8, 2), (32, 32, 8, 1)],
-    },
-    ("backward_kv", 4): {
-        64: [(32, 64, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)],
-        128: [(32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)],
-        256: [(16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1), (16, 16, 8, 2)],
-    },
-    ("backward_q", 2): {
-        64: [(128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)],
-        128: [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 2), (64, 32, 4, 2)],
-        256: [(64, 64, 8, 1), (64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 2), (64, 16, 8, 1), (32, 32, 4, 1)],
-    },
-    ("backward_q", 4): {
-        64: [(64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)],
-        128: [(32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1), (32, 16, 16, 1)],
-        256: [(32, 16, 16, 1), (16, 16, 16, 1), (16, 16, 8, 1), (16, 16, 4, 1)],
-    },
-    ("rows", 2): {
-        64: [(32, 128, 8, 3), (32, 128, 4, 3), (32, 64, 4, 3)],
-        128: [(32, 128, 8, 3), (32, 64, 8, 3), (32, 64, 4, 3), (16, 64, 4, 3)],
-        256: [(32, 64, 8, 2), (32, 32, 8, 2), (16, 32, 4, 2)],
-    },
-    ("rows", 4): {
-        64: [(32, 64, 8, 2), (16, 64, 8, 2), (16, 64, 4, 2), (16, 32, 4, 2)],
-        128: [(16, 64, 8, 2), (16, 32, 8, 2), (16, 32, 8, 1), (16, 16, 4, 1)],
-        256: [(16, 32, 8, 1), (16, 16, 8, 2), (16, 16, 8, 1), (16, 16, 4, 2)],
-    },
+_POINTERS = {"Groups": "*i8", "Labelled": "*i8", "Starts": "*i32", "Ends": "*i32", "Positions": "*i32",
+             "Tiles": "*i32", "RowMask": "*u8"}  # fmt: skip
+_FLOAT32 = ("Mass", "dMass", "LSE", "LSE2", "dLSE", "Delta", "Slopes", "PartLSE", "PartMass", "PartDQ", "PartDW")
+# What a launch may have beside causal padded batches, and the tensor that comes with it.
+_FEATURES = {
+    "HAS_WINDOW": "", "HAS_SOFTCAP": "", "HAS_DROPOUT": "", "HAS_WEIGHTS": "", "HAS_SINKS": "Sinks",
+    "HAS_SLOPES": "Slopes", "HAS_ROW_MASK": "RowMask", "PACKED": "Tiles", "HAS_DW": "PartDW", "WRITE_DW": "PartDW",
 }  # fmt: skip
+# Feature sets of models and of training; "all" is every one at once, "lean" not even a causal mask, "off" no mass.
+VARIANTS = {
+    "full": (), "packed": ("PACKED",), "gemma": ("HAS_WINDOW", "HAS_SOFTCAP"), "oss": ("HAS_WINDOW", "HAS_SINKS"),
+    "alibi": ("HAS_SLOPES",), "weights": ("HAS_WEIGHTS", "HAS_DW", "WRITE_DW"), "dropout": ("HAS_DROPOUT",),
+    "rows": ("HAS_ROW_MASK",),
+}  # fmt: skip
+_FLOATS = ("scale", "qk_scale", "softcap2", "keep_scale", "log2e", "ln2")
 
 
 class Case(NamedTuple):
@@ -106,11 +74,11 @@ class Case(NamedTuple):
     head_dim: int
     groups: int
     launch: Launch
-    variant: str = "full"  # "full", "lean" (features off), "ones" (integer arguments 1)
+    variant: str = "full"
 
 
 def _kernel(name: str) -> Any:
-    for module in (forward, backward, rows):
+    for module in (forward, backward, rows, merge):
         if hasattr(module, name):
             return getattr(module, name)
     raise ValueError(f"no kernel {name}")
@@ -118,18 +86,27 @@ def _kernel(name: str) -> Any:
 
 def _source(case: Case) -> ASTSource:
     kernel = _kernel(case.kernel)
-    on = case.variant != "lean"
-    groups = case.groups if on or case.table == "rows" else 0
+    on = case.variant not in ("lean",)
+    extra = set(_FEATURES) if case.variant == "all" else set(VARIANTS.get(case.variant, ()))
+    groups = 0 if case.variant == "off" or (not on and case.table != "rows") else case.groups
     constants = {
         "HEAD_DIM": case.head_dim, "BLOCK_D": head_block(case.head_dim),
-        "BLOCK_M": case.launch.block_m, "BLOCK_R": case.launch.block_m, "BLOCK_N": case.launch.block_n, "BLOCK": 32,
-        "GROUPS": groups, "GROUPS_PAD": next_power_of_2(max(1, groups)), "IS_CAUSAL": on,
-        "HAS_STARTS": on, "HAS_ENDS": on, "HAS_DO": True, "HAS_DMASS": groups > 0, "HAS_DLSE": on,
-        "WRITE_DQ": True, "WRITE_DK": True, "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
+        "HEAD_DIM_V": case.head_dim, "BLOCK_DV": head_block(case.head_dim) if case.table != "rows" else 1,
+        "BLOCK_M": case.launch.block_m, "BLOCK_R": case.launch.block_m, "BLOCK_N": case.launch.block_n,
+        "BLOCK": case.launch.block_m, "GROUPS": groups, "GROUPS_PAD": next_power_of_2(max(1, groups)),
+        "IS_CAUSAL": on, "HAS_STARTS": on, "HAS_ENDS": on, "HAS_V": case.table != "rows", "FINAL": False,
+        "HAS_DO": True, "HAS_DMASS": groups > 0, "HAS_DLSE": on, "WRITE_DQ": True, "WRITE_DK": True,
+        **{name: name in extra for name in _FEATURES}, "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
     }  # fmt: skip
     absent = set() if on else {"Starts", "Ends", "dLSE"}
+    absent |= {pointer for flag, pointer in _FEATURES.items() if flag not in extra}
     if groups == 0:
-        absent |= {"Groups", "Labelled", "Mass", "dMass"}
+        absent |= {"Groups", "Labelled", "dMass"}
+    if case.table == "rows":
+        absent |= {"V", "PartOut"}
+    if case.kernel == "row_mass_combine_kernel":
+        absent |= {"PartOut", "Out", "Sinks"}
+        constants |= {"BLOCK_DV": 1, "HAS_V": False}
     signature: dict[str, str] = {}
     values: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -140,23 +117,44 @@ def _source(case: Case) -> ASTSource:
         elif name in absent:
             signature[name], values[name] = "constexpr", None
         elif name.lstrip("d")[0].isupper():
-            pointee = "*fp32" if name in _FLOAT32 else f"*{case.dtype}"
-            signature[name] = _POINTERS.get(name, pointee)
+            wide = name in _FLOAT32 or (name == "Groups" and "HAS_WEIGHTS" in extra)
+            pointee = "*fp32" if wide else f"*{case.dtype}"
+            signature[name] = pointee if wide else _POINTERS.get(name, pointee)
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name in _FLOATS:
             signature[name] = "fp32"
         elif re.fullmatch(r"stride_\w+d", name) or case.variant == "ones":
             signature[name], values[name] = "constexpr", 1
         else:
-            signature[name] = "i32"
+            signature[name] = "i64" if name == "seed" else "i32"
             if name.startswith("stride"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(kernel.arg_names.index(name),): value for name, value in values.items()}
     return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
+def main_loops(sass: str) -> list[Counter[str]]:
+    """Opcodes of each innermost loop that holds matrix instructions, in the order of the code."""
+    labels: dict[str, int] = {}
+    branches: list[tuple[int, int]] = []
+    opcodes: list[str] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(opcodes)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
+            opcodes.append(found[1])
+            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if target and target[1] in labels:
+                branches.append((labels[target[1]], len(opcodes)))
+    matrix = {"HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA"}
+    loops = [loop for loop in branches if matrix & set(opcodes[slice(*loop)])]
+    innermost = [x for x in loops if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    return [Counter(opcodes[slice(*loop)]) for loop in innermost]
+
+
 def compile_case(case: Case) -> dict[str, Any]:
-    """Adds `registers`, `stack`, `spills` (local-memory instructions), `shared`, `hgmma`, `hmma`, or `error`."""
+    """Adds `registers`, `stack`, `spills` (local-memory instructions), `shared`, `hgmma`, `hmma`, `loops` (counts of
+    instructions of each main loop), or `error`."""
     row: dict[str, Any] = {**case._asdict(), "launch": list(case.launch)}
     options = {"num_warps": case.launch.num_warps, "num_stages": case.launch.num_stages}
     try:
@@ -178,7 +176,15 @@ def compile_case(case: Case) -> dict[str, Any]:
         **row, "registers": int(found[1]), "stack": int(found[2]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)), "shared": compiled.metadata.shared,
         "hgmma": len(re.findall(r"\bHGMMA\b", sass)), "hmma": len(re.findall(r"\bHMMA\b", sass)),
+        "utcmma": len(re.findall(r"\bUTC\w*MMA\b", sass)),
+        "loops": [{"instructions": sum(loop.values()), **_kinds(loop)} for loop in main_loops(sass)],
     }  # fmt: skip
+
+
+def _kinds(loop: Counter[str]) -> dict[str, int]:
+    kinds = {"matrix": r".*MMA", "special": r"MUFU", "float": r"F(ADD|MUL|FMA|MNMX\w*|SEL|SET\w*)",
+             "shared": r"(LDS\w*|STS\w*)", "global": r"(LDG\w*|LDGSTS\w*|UTMALDG|STG)"}  # fmt: skip
+    return {kind: sum(n for op, n in loop.items() if re.fullmatch(pattern, op)) for kind, pattern in kinds.items()}
 
 
 def _first(entries: list[tuple[int, int, Launch]], head_dim: int, groups: int) -> Launch:
@@ -191,7 +197,7 @@ def table_cases(archs: list[int], groups: list[int], variants: bool = False) -> 
     for (table, element_size, table_arch), entries in TABLE.items():
         dtype = "bf16" if element_size == 2 else "fp32"
         for arch in archs:
-            if table_arch != (80 if arch < 90 else 90):
+            if table_arch != table_architecture(arch):
                 continue
             for head_dim, _, launch in entries:
                 served = [g for g in groups if _first(entries, head_dim, g) == launch]
@@ -201,26 +207,18 @@ def table_cases(archs: list[int], groups: list[int], variants: bool = False) -> 
                         Case(kernel, table, arch, dtype, head_dim, g, tile) for g in served for tile in sorted(tiles)
                     ]
                     if variants and head_dim == 128 and element_size == 2 and 2 in served:
-                        cases += [Case(kernel, table, arch, dtype, head_dim, 2, launch, v) for v in ("lean", "ones")]
+                        cases += [
+                            Case(kernel, table, arch, dtype, head_dim, 2, launch, v) for v in ("lean", "ones", "all")
+                        ]
     for arch in archs:
         for head_dim in (64, 128, 256):
             launch = Launch(preprocess_block(head_dim), 0, 4, 3)
             cases.append(Case(KERNELS["other"][0], "other", arch, "fp32", head_dim, groups[-1], launch))
+            cases.append(
+                Case(KERNELS["other"][2], "other", arch, "fp32", head_dim, 1, Launch(4096 // head_dim, 0, 4, 3))
+            )
         cases.append(Case(KERNELS["other"][1], "other", arch, "fp32", 64, groups[-1], Launch(32, 0, 1, 3)))
     return cases
-
-
-def _candidate_cases(archs: list[int], groups: list[int], only: str) -> list[Case]:
-    return [
-        Case(kernel, table, arch, "bf16" if element_size == 2 else "fp32", head_dim, g, Launch(*candidate))
-        for (table, element_size), widths in _CANDIDATES.items()
-        if re.search(only, f"{table}-{element_size}")
-        for head_dim, candidates in widths.items()
-        for candidate in candidates
-        for kernel in KERNELS[table]
-        for arch in archs
-        for g in groups
-    ]
 
 
 def problems(row: dict[str, Any]) -> list[str]:
@@ -236,12 +234,15 @@ def problems(row: dict[str, Any]) -> list[str]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    what = f"{row['kernel'][1:-7]:24} sm_{row['arch']:<3} {row['dtype']} D{row['head_dim']:<3} G{row['groups']}"
+    kernel = row["kernel"].strip("_").removesuffix("_kernel")
+    what = f"{kernel:24} sm_{row['arch']:<3} {row['dtype']} D{row['head_dim']:<3} G{row['groups']}"
     launch = "x".join(map(str, row["launch"][:2])) + f" w{row['launch'][2]} s{row['launch'][3]}"
     state = "; ".join(problems(row)) or "ok"
     if "error" in row:
         return f"{what} {row['variant']:4} {launch:14} {state}"
-    numbers = f"{row['registers']:3} regs {row['shared']:6} B shared, HGMMA {row['hgmma']:3} HMMA {row['hmma']:3}"
+    numbers = (
+        f"{row['registers']:3} regs {row['shared']:6} B shared, MMA {row['hgmma'] + row['hmma'] + row['utcmma']:3}"
+    )
     return f"{what} {row['variant']:4} {launch:14} {numbers}  {state}"
 
 
@@ -254,14 +255,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--variants", action="store_true", help="also compile the featureless and the all-ones form")
-    parser.add_argument("--sweep", nargs="?", const="", help="try candidates instead (regex over KERNEL-ELEMENTSIZE)")
     options = parser.parse_args(arguments)
     archs = [int(a) for a in options.arch.split(",")]
     groups = [int(g) for g in options.groups.split(",")]
-    if options.sweep is not None:
-        cases = _candidate_cases(archs, groups, options.sweep)
-    else:
-        cases = table_cases(archs, groups, options.variants)
+    cases = table_cases(archs, groups, options.variants)
     cases = [case for case in cases if case.dtype in options.dtype.split(",") or case.table == "other"]
     if options.brief:
         largest = {case._replace(groups=0): case for case in sorted(cases, key=lambda case: case.groups)}
@@ -275,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(options.json, {"provenance": provenance(("torch", "triton")), "rows": found})
     bad = sum(bool(problems(row)) for row in found)
     print(f"{len(found)} compilations, {bad} with problems")
-    return 1 if bad and options.sweep is None else 0
+    return 1 if bad else 0
 
 
 def run(out_dir: Path) -> Path:

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: before any test module
@@ -15,3 +16,12 @@ torch.set_num_threads(1)  # the tensors are small, and pytest-xdist runs a proce
 def device() -> torch.device:
     """A GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_configure(config):
+    relaxed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much]
+    shared = {"deadline": None, "suppress_health_check": relaxed, "print_blob": True}
+    settings.register_profile("ci", max_examples=50, derandomize=True, **shared)
+    settings.register_profile("nightly", max_examples=500, **shared)
+    if config.getoption("--hypothesis-profile", None) is None:
+        settings.load_profile("ci")

@@ -1,7 +1,8 @@
 """What the kernel tests share: cases told by their ids, inputs, and the error criterion.
 
 A case is its id: `B2-H4:2-N111x63-D60-G2-bf16-causal-left-bnhd-oml` has 4 query heads over 2 KV heads, 111 queries on
-63 keys, left padding, inputs in flash-attn's (B, N, H, D) layout, and incoming gradients of out, mass and lse.
+63 keys, left padding, inputs in flash-attn's (B, N, H, D) layout, and incoming gradients of out, mass and lse. Features
+are named: `w20` a window, `c2.5` a soft cap, `V48` values of another head_dim, and those of `FEATURES`.
 
 The criterion: our error is at most twice that of plain PyTorch in the same precision. Both are taken against the
 oracle in float64 on the same rounded inputs, as the largest absolute and as the relative Frobenius error.
@@ -22,6 +23,10 @@ from abft_kernels import mass_attention, mass_attention_reference, row_mass
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _PADDING = ("left", "right", "empty")
 _LAYOUTS = ("bnhd", "sliced", "strided", "expanded")
+# sinks; alibi: slopes; packed: `batch` sequences in one; drop: dropout by a seed; wanted: a mask of rows; weighted: key
+# weights in place of groups; shard: the keys are part of more, the queries stand before, in and behind them; alone:
+# mass of all rows without values.
+FEATURES = ("sinks", "alibi", "packed", "drop", "wanted", "weighted", "shard", "alone")
 
 
 @dataclass(frozen=True)
@@ -42,20 +47,39 @@ class Case:
     layout: str = "bhnd"
     scale: float | None = None
     grads: str = "oml"  # of out, mass, lse; "O" is an expanded gradient (stride 0)
+    window: int | None = None
+    softcap: float | None = None
+    value_dim: int | None = None
+    features: frozenset[str] = frozenset()
+
+    def has(self, feature: str) -> bool:
+        return feature in self.features
+
+    @property
+    def plain(self) -> bool:
+        """Whether PyTorch's attention computes the output."""
+        special = self.features & {"sinks", "alibi", "drop", "shard", "alone"}
+        return not (self.rows or self.window or self.softcap or special)
 
     @classmethod
     def parse(cls, text: str) -> Case:
         values: dict[str, Any] = {}
-        for part in text.split("-"):
+        for part in re.split(r"(?<!-s)-", text):
             if found := re.fullmatch(r"H(\d+)(?::(\d+))?", part):
                 values["heads"], values["kv_heads"] = int(found[1]), int(found[2] or found[1])
             elif found := re.fullmatch(r"N(\d+)(?:x(\d+))?", part):
                 values["n_q"], values["n_k"] = int(found[1]), int(found[2] or found[1])
-            elif found := re.fullmatch(r"([BRDG])(\d+)", part):
-                name = {"B": "batch", "R": "rows", "D": "head_dim", "G": "groups"}[found[1]]
+            elif found := re.fullmatch(r"([BRDGVw])(\d+)", part):
+                name = {"B": "batch", "R": "rows", "D": "head_dim", "G": "groups", "V": "value_dim", "w": "window"}[
+                    found[1]
+                ]
                 values[name] = int(found[2])
-            elif found := re.fullmatch(r"s(\d+\.\d+)", part):
+            elif found := re.fullmatch(r"s(-?\d+\.\d+)", part):
                 values["scale"] = float(found[1])
+            elif found := re.fullmatch(r"c(\d+\.\d+)", part):
+                values["softcap"] = float(found[1])
+            elif part in FEATURES:
+                values["features"] = values.get("features", frozenset()) | {part}
             elif part in DTYPES:
                 values["dtype"] = part
             elif part in ("causal", "full"):
@@ -79,6 +103,7 @@ class Inputs:
     groups: Tensor
     arguments: dict[str, Any]
     grads: dict[str, Tensor]
+    extras: dict[str, Tensor]  # sinks and weights: differentiable too
 
 
 def arrange(x: Tensor, layout: str) -> Tensor:
@@ -110,68 +135,111 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 
     b, h, d = case.batch, case.heads, case.head_dim
     rows = case.rows or case.n_q
-    heads = {"q": normal(b, h, rows, d), "k": normal(b, case.kv_heads, case.n_k, d)}
-    if not case.rows:
-        heads["v"] = normal(b, case.kv_heads, case.n_k, d)
+    of_keys = 1 if case.has("packed") else b
+    of_rows = b if case.rows else of_keys
+    values = not case.rows and not case.has("alone")
+    heads = {"q": normal(of_rows, h, rows, d), "k": normal(of_keys, case.kv_heads, case.n_k, d)}
+    if values:
+        heads["v"] = normal(of_keys, case.kv_heads, case.n_k, case.value_dim or d)
     heads = {name: arrange(x, case.layout) for name, x in heads.items()}
     arguments: dict[str, Any] = {"causal": case.causal, "scale": case.scale}
+    first, total = 0, case.n_k  # of the keys here, and of all
+    if case.has("shard"):
+        first, total = 40, 40 + case.n_k + 30
+        arguments["key_offset"] = first
+        if not case.rows:
+            arguments["query_offset"] = max(0, first + case.n_k // 2 - case.n_q // 2)
     if case.padding:
-        lengths = integers(max(1, case.n_k // 3), case.n_k + 1, b)
-        lengths[0] = 0 if case.padding == "empty" else max(1, case.n_k // 2)
+        lengths = integers(max(1, total // 3), total + 1, b)
+        lengths[0] = 0 if case.padding == "empty" else max(1, total // 2)
         arguments["seq_lens"] = lengths
         if case.padding == "left":
-            arguments["seq_starts"] = case.n_k - lengths
+            arguments["seq_starts"] = total - lengths
+    cuts = torch.zeros(0)
+    if case.has("packed"):  # the last sequence ends a token early, and of three one is empty
+        cuts = integers(0, case.n_k, b + 1).sort().values
+        cuts[0], cuts[-1] = 0, max(0, case.n_k - 1)
+        if b > 2:
+            cuts[1] = cuts[2]
+        arguments["cu_seqlens"] = cuts
     if case.rows:
-        positions = integers(-1, case.n_k, b, rows)
-        positions[:, -1] = case.n_k - 1
+        positions = integers(-1, total, b, rows)
+        positions[:, -1] = total - 1
+        if case.has("packed"):
+            lengths = cuts.diff()[:, None]
+            positions = torch.where(lengths > 0, cuts[:-1, None] + positions % lengths.clamp(min=1), -1)
         if rows > 3:
             positions[:, 0], positions[:, 1] = -1, positions[:, 2]  # absent, and one row twice
         arguments["row_positions"] = positions
     wide = torch.promote_types(dtype, torch.float32)
+    extras = {}
+    if case.window:
+        arguments["window"] = case.window
+    if case.softcap:
+        arguments["softcap"] = case.softcap
+    if case.has("sinks"):
+        extras["sinks"] = normal(h)
+    if case.has("alibi"):
+        arguments["alibi_slopes"] = normal(h, as_dtype=wide).abs() / 8
+    if case.has("drop"):
+        arguments["dropout_p"], arguments["dropout_seed"] = 0.3, 1 << 40 | seed
+    if case.has("wanted"):
+        wanted = integers(0, 3, of_rows, rows) > 0
+        wanted[:, rows // 4 : rows // 2] = False
+        arguments["row_mask"] = wanted
+    if case.has("weighted"):
+        extras["weights"] = normal(of_keys, case.n_k, case.groups, as_dtype=wide)
     grads = {}
-    if "o" in case.grads and not case.rows:
-        grads["out"] = normal(b, h, rows, d)
-    if "O" in case.grads and not case.rows:
-        grads["out"] = normal(b, 1, 1, 1).expand(b, h, rows, d)
+    if "o" in case.grads and values:
+        grads["out"] = normal(of_rows, h, rows, case.value_dim or d)
+    if "O" in case.grads and values:
+        grads["out"] = normal(of_rows, 1, 1, 1).expand(of_rows, h, rows, case.value_dim or d)
     if "m" in case.grads:
-        grads["mass"] = normal(b, h, rows, case.groups, as_dtype=wide)
+        grads["mass"] = normal(of_rows, h, rows, case.groups, as_dtype=wide)
     if "l" in case.grads:
-        grads["lse"] = normal(b, h, rows, as_dtype=wide)
+        grads["lse"] = normal(of_rows, h, rows, as_dtype=wide)
     # Labels in clusters, so that some blocks of keys have none.
-    groups = integers(-1, case.groups, b, case.n_k)
+    groups = integers(-1, case.groups, of_keys, case.n_k)
     groups[:, case.n_k // 4 : case.n_k // 2] = -1
-    return Inputs(heads, groups, arguments, grads)
+    return Inputs(heads, groups, arguments, grads, extras)
 
 
 def run(case: Case, inputs: Inputs, backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
     """Results and gradients by name, of the op run in `dtype`."""
-    heads = {}
-    for name, x in inputs.heads.items():
+    leaves = {}
+    for name, x in {**inputs.heads, **inputs.extras}.items():
         # Of the same strides, unless the dtype changes: `clone` keeps them, `arrange` made them.
-        leaf = x.detach() if dtype is None else x.detach().to(dtype)
-        heads[name] = leaf.requires_grad_()
+        leaf = x.detach() if dtype is None or (name == "weights" and dtype.itemsize < 4) else x.detach().to(dtype)
+        leaves[name] = leaf.requires_grad_()
+    heads = [leaves[name] for name in inputs.heads]
     arguments = {"return_lse": True, **inputs.arguments}
+    if "sinks" in leaves:
+        arguments["sinks"] = leaves["sinks"]
+    labels = leaves.get("weights", inputs.groups)
+    without_values = bool(case.rows) or case.has("alone")
     if backend == "sdpa":
-        results = _sdpa_with_mass(*heads.values(), inputs.groups, case.groups, **arguments)
+        results = _sdpa_with_mass(*heads, labels, case.groups, **arguments)
     else:
-        op = row_mass if case.rows else mass_attention
-        results = op(*heads.values(), inputs.groups, case.groups, backend=backend, **arguments)
-    outputs = dict(zip(("mass", "lse") if case.rows else ("out", "mass", "lse"), results, strict=True))
+        op = row_mass if without_values else mass_attention
+        results = op(*heads, labels, case.groups, backend=backend, **arguments)
+    outputs = dict(zip(("mass", "lse") if without_values else ("out", "mass", "lse"), results, strict=True))
     chosen = [outputs[name] for name in inputs.grads]
     incoming = [g.to(outputs[name].dtype) for name, g in inputs.grads.items()]
-    gradients = torch.autograd.grad(chosen, list(heads.values()), incoming, allow_unused=True)
-    for x in heads.values():
+    gradients = torch.autograd.grad(chosen, list(leaves.values()), incoming, allow_unused=True)
+    for x in leaves.values():
         x.requires_grad_(False)
     return {
         **{name: x.detach() for name, x in outputs.items()},
-        **{f"d{name}": g for name, g in zip(heads, gradients, strict=True)},
+        **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)},
     }
 
 
-def _sdpa_with_mass(q, k, v, groups, num_groups, *, causal, seq_lens=None, seq_starts=None, scale=None, **arguments):
+def _sdpa_with_mass(
+    q, k, v, groups, num_groups, *, causal, seq_lens=None, seq_starts=None, cu_seqlens=None, scale=None, **arguments
+):
     """PyTorch's own attention under an explicit mask, and the oracle's mass: what the torch backend may be as far
     off as, for the part that is PyTorch's."""
-    bounds = {"seq_lens": seq_lens, "seq_starts": seq_starts}
+    bounds = {"seq_lens": seq_lens, "seq_starts": seq_starts, "cu_seqlens": cu_seqlens}
     _, mass, lse = mass_attention_reference(
         q, k, v, groups, num_groups, causal=causal, scale=scale, **bounds, **arguments
     )
@@ -184,6 +252,9 @@ def _sdpa_with_mass(q, k, v, groups, num_groups, *, causal, seq_lens=None, seq_s
         starts = torch.zeros_like(seq_lens) if seq_starts is None else seq_starts
         visible = visible & (keys >= starts[:, None, None, None])
         visible = visible & (keys < (starts + seq_lens)[:, None, None, None])
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens, keys, right=True)
+        visible = visible & (sequence[:, None] == sequence)
     absent = ~visible.any(-1, keepdim=True)
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -193,10 +264,11 @@ def _sdpa_with_mass(q, k, v, groups, num_groups, *, causal, seq_lens=None, seq_s
 
 def natural_size(case: Case, inputs: Inputs) -> float:
     """Size of the terms of a gradient before they cancel: what rounding is relative to where the gradient is 0."""
-    largest = {name: x.double().abs().amax().item() for name, x in inputs.heads.items()}
+    largest = {name: x.double().abs().amax().item() for name, x in {**inputs.heads, **inputs.extras}.items()}
     incoming = {name: g.double().abs().amax().item() for name, g in inputs.grads.items()}
     score = incoming.get("out", 0.0) * largest.get("v", 0.0) * case.head_dim + incoming.get("mass", 0.0)
-    scale = case.scale or case.head_dim**-0.5
+    score *= max(1.0, largest.get("weights", 0.0))
+    scale = abs(case.head_dim**-0.5 if case.scale is None else case.scale)
     return (score + incoming.get("lse", 0.0)) * scale * max(largest["q"], largest["k"])
 
 
@@ -239,7 +311,7 @@ def check(case: Case, device: torch.device, backend: str, seed: int = 0) -> None
     base = run(case, inputs, "reference", DTYPES[case.dtype])
     oracle = run(case, inputs, "reference", torch.float64)
     bases = [base]
-    if backend == "torch" and not case.rows:
+    if backend == "torch" and case.plain:
         bases.append(run(case, inputs, "sdpa", DTYPES[case.dtype]))
     natural = natural_size(case, inputs)
     for name, value in oracle.items():
@@ -250,8 +322,11 @@ def check(case: Case, device: torch.device, backend: str, seed: int = 0) -> None
             worst = max(bases, key=lambda base: _distance(base[name], value))
             # The torch backend adds the gradients of two ops, each rounded.
             summed = len(bases) > 1 and name in ("dq", "dk")
-            extra = torch.finfo(DTYPES[case.dtype]).eps if summed else 0.0
+            # dsinks is one number a head, a sum over rows of dO·O with O rounded: PyTorch's may be lucky.
+            extra = torch.finfo(DTYPES[case.dtype]).eps if summed or name == "dsinks" else 0.0
             assert_close(name, ours[name], worst[name], value, natural, extra)
     expected = torch.promote_types(DTYPES[case.dtype], torch.float32)
     assert ours["mass"].dtype == ours["lse"].dtype == expected
     assert ours["dk"].dtype == DTYPES[case.dtype]
+    for name, x in inputs.extras.items():
+        assert ours[f"d{name}"] is None or ours[f"d{name}"].dtype == x.dtype

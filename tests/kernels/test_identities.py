@@ -1,10 +1,13 @@
 """What the mass must satisfy, whatever computes it."""
 
+import itertools
+
 import pytest
 import torch
 from harness import Case, make_inputs
 
-from abft_kernels import mass_attention, row_mass
+from abft_kernels import mass_attention, merge_masses, row_mass
+from abft_kernels.philox import dropout_keep
 
 BACKENDS = ["triton", "torch", "reference"]
 
@@ -45,23 +48,93 @@ def test_other_forms_of_the_mass(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_shards_of_the_keys_merge(backend, device):
-    """lse = logaddexp lse_s, mass = Σ mass_s·exp(lse_s − lse): what split-K and context parallelism rely on."""
-    q, k, _, groups = _small(device)
-    last = torch.full((1, 3), 69, device=device)
-    rows = q[:, :, -3:]
+@pytest.mark.parametrize("op", ["fused", "rows"])
+def test_shards_of_the_keys_merge(op, backend, device):
+    """Three shards, merged, are the whole: results and every gradient; what split-K and context parallelism rely on."""
+    q, k, v, groups = _small(device)
+    features = {"window": 50, "alibi_slopes": torch.tensor([0.1, 0.02], device=device), "causal": True,
+                "seq_lens": torch.tensor([66], device=device), "return_lse": True, "backend": backend}  # fmt: skip
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    positions = torch.tensor([[65, 3, -1, 40]], device=device)
 
-    def mass(keys):
-        n = keys.stop - keys.start
-        return row_mass(rows, k[:, :, keys], groups[:, keys], 2, row_positions=torch.full_like(last, n - 1),
-                        return_lse=True, backend=backend)  # fmt: skip
+    def results(keys, shard):
+        q, k, v = leaves[0], leaves[1][:, :, keys], leaves[2][:, :, keys]
+        if op == "fused":
+            return mass_attention(q, k, v, groups[:, keys], 2, **features, **shard)
+        shard.pop("query_offset", None)
+        return row_mass(q[:, :, :4], k, groups[:, keys], 2, row_positions=positions, **features, **shard)
 
-    whole, whole_lse = mass(slice(0, 70))
-    shards = [mass(slice(0, 30)), mass(slice(30, 70))]
-    lse = torch.logaddexp(shards[0][1], shards[1][1])
-    torch.testing.assert_close(whole_lse, lse, rtol=1e-6, atol=1e-6)
-    merged = sum(m * (s - lse).exp()[..., None] for m, s in shards)
-    torch.testing.assert_close(whole, merged, rtol=1e-5, atol=1e-6)
+    shards = [results(slice(a, b), {"key_offset": a, "query_offset": 0}) for a, b in ((0, 30), (30, 37), (37, 70))]
+    if op == "fused":
+        mass, lse, out = merge_masses([s[1] for s in shards], [s[2] for s in shards], [s[0] for s in shards])
+        merged = (out, mass, lse)
+    else:
+        merged = merge_masses([s[0] for s in shards], [s[1] for s in shards])
+    whole = results(slice(0, 70), {})
+    torch.manual_seed(0)
+    incoming = [torch.randn_like(x) for x in whole]
+    for one, other in zip(whole, merged, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    present = [torch.where(x.isfinite(), x, 0) for x in whole], [torch.where(x.isfinite(), x, 0) for x in merged]
+    gradients = [torch.autograd.grad(x, leaves, incoming, allow_unused=True) for x in present]
+    for one, other in zip(*gradients, strict=True):
+        if one is None:
+            assert other is None
+        else:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_sequences_are_samples(backend, device):
+    """Packed or one by one: the same results and gradients."""
+    q, k, v, groups = _small(device)
+    bounds = [0, 13, 13, 45, 70]
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    packed = mass_attention(*leaves, groups, 2, cu_seqlens=torch.tensor(bounds, device=device), return_lse=True,
+                            backend=backend)  # fmt: skip
+    alone = [
+        mass_attention(*(x[:, :, a:b] for x in leaves), groups[:, a:b], 2, return_lse=True, backend=backend)
+        for a, b in itertools.pairwise(bounds)
+        if b > a
+    ]
+    joined = [torch.cat(parts, dim=2) for parts in zip(*alone, strict=True)]
+    torch.manual_seed(0)
+    incoming = [torch.randn_like(x) for x in packed]
+    for one, other in zip(packed, joined, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for one, other in zip(*(torch.autograd.grad(x, leaves, incoming) for x in (packed, joined)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_indicator_weights_are_groups(backend, device):
+    q, k, v, groups = _small(device)
+    weights = (groups[..., None] == torch.arange(2, device=device)).float()
+    for op, arguments in ((mass_attention, (q, k, v)), (row_mass, (q, k))):
+        by_group = op(*arguments, groups, 2, backend=backend, return_lse=True)
+        by_weight = op(*arguments, weights, 2, backend=backend, return_lse=True)
+        for one, other in zip(by_group, by_weight, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_dropout_by_seed(backend, device):
+    """The same seed is the same mask on every backend, another one is not; mass and LSE know nothing of it."""
+    q, k, v, groups = _small(device)
+
+    def results(**dropout):
+        return mass_attention(q, k, v, groups, 2, return_lse=True, backend=backend, **dropout)
+
+    plain, once, twice, other = (
+        results(), *(results(dropout_p=0.5, dropout_seed=seed) for seed in (1, 1, 1 << 61)),
+    )  # fmt: skip
+    assert all(torch.equal(x, y) for x, y in zip(once, twice, strict=True))
+    assert not torch.allclose(once[0], other[0])
+    torch.testing.assert_close(once[1:], plain[1:], rtol=1e-6, atol=1e-6)
+    kept = dropout_keep(1, 0.5, torch.tensor(0), torch.arange(300)[:, None], torch.arange(300))
+    assert abs(kept.float().mean() - 0.5) < 0.01
+    means = torch.stack([results(dropout_p=0.5, dropout_seed=seed)[0] for seed in range(40)]).mean(0)
+    assert (means - plain[0]).abs().mean() < 0.25 * plain[0].abs().mean()
 
 
 def test_rows_are_rows_of_the_fused_op(device):

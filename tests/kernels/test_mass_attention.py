@@ -25,6 +25,8 @@ CASES = [
     "B1-H8:1-N63-D32-G2-bf16-causal-m",
     "B2-H2-N111-D64-G2-fp32-causal-right-l",
     "B1-H2-N63-D64-G2-fp32-causal-s0.5-O",
+    "B1-H2-N63-D32-G2-fp32-causal-s-0.4-oml",
+    "B1-H2-N63-D32-G2-fp32-causal-s0.0-oml",
     "B2-H2:1-N63-D64-G3-fp16-full-empty-s0.02-mo",
     "B2-H2-N63-D64-G2-bf16-causal-left-expanded-oml",
 ]

@@ -7,49 +7,102 @@ import torch
 from harness import Case, make_inputs, run
 
 from abft_kernels import attention, mass_attention, mass_attention_reference, ops, row_mass, row_mass_reference
+from abft_kernels.spec import Extras, Options
 
 BACKENDS = ["triton", "torch"]
 
 
-def _row_arguments(device, backend, dtype="fp32"):
-    inputs = make_inputs(Case.parse(f"B2-H2:1-R2-N40-D16-G2-{dtype}-causal-left"), device)
-    starts, lengths = inputs.arguments["seq_starts"].int(), inputs.arguments["seq_lens"].int()
-    positions = inputs.arguments["row_positions"].int()
+# As much as one case may have; alone: no values.
+ROWS = ["B2-H2:1-R2-N40-D16-G2-fp32-causal-left", "B2-H2:1-R2-N40-D16-G2-fp32-causal-packed-w9-c2.0-sinks-weighted"]
+FUSED = [
+    "B2-H2:1-N40-D16-G2-fp32-causal-bnhd",
+    "B2-H2:1-N40-D16-G2-fp32-causal-left",
+    "B2-H2:1-N40-D16-V32-G2-fp32-causal-packed-w9-c2.0-sinks-alibi-drop-wanted-weighted",
+    "B2-H2:1-N40-D16-G2-fp32-causal-alone",
+]
+
+
+def _arguments(name, device, backend):
+    """Positional arguments of the operator for a case: the heads, Extras, Options, backend."""
+    case = Case.parse(name)
+    inputs = make_inputs(case, device)
     heads = [x.requires_grad_() for x in inputs.heads.values()]
-    return *heads, inputs.groups.to(torch.int8), positions, starts, starts + lengths, 2, True, 0.25, backend
-
-
-def _fused_arguments(device, padding):
-    inputs = make_inputs(Case.parse("B2-H2:1-N40-D16-G2-fp32-causal-left-bnhd"), device)
+    if case.has("alone"):
+        heads.append(None)
+    given = inputs.arguments
     starts, ends = None, None
-    if padding:
-        starts, ends = (inputs.arguments[n].int() for n in ("seq_starts", "seq_lens"))
-        ends = starts + ends
-    heads = [x.requires_grad_() for x in inputs.heads.values()]
-    return *heads, inputs.groups.to(torch.int8), starts, ends, 2, True, 0.25
+    if "cu_seqlens" in given:
+        starts, ends = (x.int().contiguous() for x in (given["cu_seqlens"][:-1], given["cu_seqlens"][1:]))
+    elif "seq_lens" in given:
+        starts = given["seq_starts"].int()
+        ends = starts + given["seq_lens"].int()
+    weights = inputs.extras.get("weights")
+    slopes = given.get("alibi_slopes")
+    extras = Extras(
+        groups=None if weights is not None else inputs.groups.to(torch.int8),
+        weights=None if weights is None else weights.requires_grad_(),
+        sinks=inputs.extras["sinks"].requires_grad_() if "sinks" in inputs.extras else None,
+        slopes=None if slopes is None else slopes.float().expand(heads[0].shape[0], -1).contiguous(),
+        starts=starts, ends=ends,
+        row_mask=given["row_mask"].to(torch.uint8) if "row_mask" in given else None,
+    )  # fmt: skip
+    options = Options(
+        num_groups=2, scale=0.25, window=case.window or 0, softcap=case.softcap or 0.0, packed=case.has("packed"),
+        dropout_p=given.get("dropout_p", 0.0), seed=given.get("dropout_seed", 0),
+    )  # fmt: skip
+    if case.rows:
+        heads.append(inputs.arguments["row_positions"].int())
+    return [*heads, *extras, *options, backend]
+
+
+def _detached(arguments):
+    return [x.detach() if torch.is_tensor(x) else x for x in arguments]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_row_mass(backend, device):
-    arguments = _row_arguments(device, backend)
+@pytest.mark.parametrize("case", ROWS)
+def test_opcheck_row_mass(case, backend, device):
+    arguments = _arguments(case, device, backend)
     torch.library.opcheck(ops.row_mass_op, arguments)
-    q, k, *rest, _, causal, scale, backend = (x.detach() if torch.is_tensor(x) else x for x in arguments)
-    mass, lse = ops.row_mass_op(q, k, *rest, 2, causal, scale, backend)
-    for incoming in ((torch.ones_like(mass), torch.ones_like(lse)), (None, torch.ones_like(lse))):
-        torch.library.opcheck(ops.row_mass_backward_op, (*incoming, q, k, *rest, mass, lse, causal, scale, backend))
+    plain = _detached(arguments)
+    results = ops.row_mass_op(*plain)
+    for incoming in ([torch.ones_like(x) for x in results], [None, torch.ones_like(results[1])]):
+        torch.library.opcheck(ops.row_mass_backward_op, (*incoming, *plain[:10], *results, *plain[10:], True))
 
 
-@pytest.mark.parametrize("padding", [False, True])
-def test_opcheck_mass_attention(padding, device):
-    arguments = _fused_arguments(device, padding)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", FUSED)
+def test_opcheck_mass_attention(case, backend, device):
+    arguments = _arguments(case, device, backend)
     torch.library.opcheck(ops.mass_attention_op, arguments)
-    *tensors, _, causal, scale = (x.detach() if torch.is_tensor(x) else x for x in arguments)
-    results = ops.mass_attention_op(*tensors, 2, causal, scale)
+    plain = _detached(arguments)
+    results = ops.mass_attention_op(*plain)
     incoming = [torch.ones_like(x) for x in results]
     for chosen in (incoming, [None, incoming[1], None]):
-        torch.library.opcheck(
-            ops.mass_attention_backward_op, (*chosen, *tensors, *results, causal, scale)
-        )  # fmt: skip
+        torch.library.opcheck(ops.mass_attention_backward_op, (*chosen, *plain[:10], *results, *plain[10:], True))
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["B2-H4:2-N7x9-D4-V3-G2-fp64-causal-left-m", "B2-H2-N9-D4-G2-fp64-causal-packed-w3-c2.0-sinks-weighted-alibi-m",
+     "B2-H2-N9-D4-G2-fp64-full-drop-weighted-wanted-m", "B2-H2-R3-N9-D4-G2-fp64-causal-sinks-weighted-w4-m",
+     "B1-H2-N5x9-D4-G2-fp64-causal-shard-m"],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_gradcheck_of_features(case, backend, device):
+    """Finite differences in float64, of the oracle too: it must not only agree with itself."""
+    case = Case.parse(case)
+    inputs = make_inputs(case, device)
+    leaves = [x.detach().clone().requires_grad_() for x in (*inputs.heads.values(), *inputs.extras.values())]
+    count = len(inputs.heads)
+    op = row_mass if case.rows else mass_attention
+
+    def function(*x):
+        extras = dict(zip(inputs.extras, x[count:], strict=True))
+        labels = extras.pop("weights", inputs.groups)
+        return op(*x[:count], labels, case.groups, backend=backend, **extras, **inputs.arguments)
+
+    assert torch.autograd.gradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -84,7 +137,7 @@ def test_absent_gradients_cost_nothing(shape, backend, device, monkeypatch):
     for grads, rows, fused in [("m", [True, False], [False, True, False]), ("l", [False, True], [False, False, True])]:
         case = Case.parse(shape.format(grads))
         found = run(case, make_inputs(case, device), backend)
-        expected = rows if case.rows or backend == "torch" else fused
+        expected = rows if case.rows else fused
         assert seen == [expected]
         assert case.rows or found["dv"] is None
         seen.clear()

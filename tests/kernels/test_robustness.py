@@ -117,12 +117,13 @@ def test_same_bits_every_time(shape, backend, device):
 def test_group_outside_the_range_counts_as_none(backend, device):
     """The ops' contract on a GPU, where values are not read back to be checked."""
     from abft_kernels import ops
+    from abft_kernels.spec import Extras, Options
 
     case = Case.parse("B1-H2-R3-N70-D16-G2-fp32-causal")
     inputs = make_inputs(case, device)
     groups = inputs.groups.to(torch.int8)
     outside = torch.where(groups < 0, torch.tensor(5, dtype=torch.int8, device=device), groups)
-    positions = inputs.arguments["row_positions"].to(torch.int32)
-    tensors = (inputs.heads["q"], inputs.heads["k"])
-    rest = (positions, None, None, 2, True, 0.25, backend)
-    assert torch.equal(ops.row_mass_op(*tensors, outside, *rest)[0], ops.row_mass_op(*tensors, groups, *rest)[0])
+    rows = (inputs.heads["q"], inputs.heads["k"], inputs.arguments["row_positions"].to(torch.int32))
+    options = Options(num_groups=2, scale=0.25)
+    one, other = (ops.row_mass_op(*rows, *Extras(groups=x), *options, backend)[0] for x in (outside, groups))
+    assert torch.equal(one, other)

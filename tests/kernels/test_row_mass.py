@@ -21,6 +21,7 @@ CASES = [
     "B2-H2-R4-N130-D96-G2-bf16-causal-left-l",
     "B1-H1-R1-N1-D64-G2-fp32-causal-ml",
     "B1-H2-R9-N63-D64-G8-fp32-full-s0.5-ml",
+    "B1-H2-R3-N63-D32-G2-fp32-causal-s-0.4-ml",
     "B2-H2:1-R3-N700-D32-G2-bf16-causal-left-m",
     "B2-H2-R4-N130-D64-G2-bf16-causal-expanded-ml",
 ]
