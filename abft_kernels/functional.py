@@ -150,7 +150,8 @@ def _check(
     offset = n_k - q.shape[2] if query_offset is None else query_offset - (key_offset or 0)
     options = Options(
         num_groups=num_groups if labels else 0, causal=causal, scale=scale, window=check_window(window, causal),
-        softcap=check_softcap(softcap), offset=offset if all_rows else 0, packed=packed, dropout_p=dropout_p, seed=seed,
+        softcap=check_softcap(softcap), offset=offset if all_rows else key_offset or 0, packed=packed,
+        dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
     return _Call(extras, options, dropout_seed is not None, sequences, sharded)
 
@@ -227,7 +228,7 @@ def row_mass(
     call = _check(q_rows, k, None, key_groups, num_groups, rows_name="q_rows", all_rows=not few, **shared)
     if row_positions is not None:
         last = None if call.sharded else k.shape[2] - 1
-        positions = check_rows(row_positions, call.sequences, q_rows.shape[2], 0, last, key_offset or 0)
+        positions = check_rows(row_positions, call.sequences, q_rows.shape[2], 0, last)
     chosen = _choose(backend, q_rows, None, "rows" if few else "forward")
     if chosen == "reference":
         mass, lse = reference.row_mass_reference(
@@ -367,7 +368,7 @@ def mass_attention(
         if row_mask is not None:
             raise ValueError("row_positions and row_mask both choose rows; pass one of them")
         last = None if call.sharded else k.shape[2] - 1
-        check_rows(row_positions, call.sequences, None, max(0, first), last, key_offset or 0)
+        check_rows(row_positions, call.sequences, None, max(0, first), last)
     chosen = _choose(backend, q, v, "forward" if row_positions is None else "rows")
     if chosen == "reference":
         results = reference.mass_attention_reference(

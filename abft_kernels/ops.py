@@ -53,7 +53,7 @@ def row_mass_op(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Mass `(S, H, R, G)` and LSE `(S, H, R)` of R query rows at `positions` `(S, R)`, counted from key 0."""
+    """Mass `(S, H, R, G)` and LSE `(S, H, R)` of R query rows at `positions` `(S, R)`; negative: absent."""
     extras = Extras(groups, weights, sinks, slopes, starts, ends, row_mask)
     options = Options(num_groups, causal, scale, window, softcap, offset, packed, dropout_p, seed)
     if backend == "triton":

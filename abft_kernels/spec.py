@@ -9,16 +9,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["ABSENT", "Extras", "Options"]
-
-ABSENT = -(1 << 31)
-"""Position of an absent row; positions of a shard may be negative otherwise."""
+__all__ = ["Extras", "Options"]
 
 
 class Extras(NamedTuple):
     """Optional tensors; S is the number of sequences, B unless they are packed."""
 
-    groups: Tensor | None = None  # (B, N_k) int8: group of each key, −1 for none
+    groups: Tensor | None = None  # (B, N_k) integers: group of each key, −1 for none
     weights: Tensor | None = None  # (B, N_k, G) float32 in place of groups
     sinks: Tensor | None = None  # (H,): a score in each head's denominator
     slopes: Tensor | None = None  # (B, H) float32: ALiBi
@@ -35,7 +32,8 @@ class Options(NamedTuple):
     scale: float = 1.0
     window: int = 0  # keys that a row sees, its own included; 0: all
     softcap: float = 0.0  # 0: none
-    offset: int = 0  # position of query row 0, counted from key 0 (the fused operator; rows carry positions)
+    # Position of query row 0 counted from key 0; for the row operator, whose rows carry positions, that of key 0.
+    offset: int = 0
     packed: bool = False  # the sequences stand one behind the other in a batch of 1
     dropout_p: float = 0.0
     seed: int = 0

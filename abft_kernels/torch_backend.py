@@ -14,10 +14,11 @@ from torch import Tensor
 
 from abft_kernels.merging import sink_gradient
 from abft_kernels.philox import dropout_keep
-from abft_kernels.spec import ABSENT, Extras, Options
+from abft_kernels.spec import Extras, Options
 
 # Scores held at once; it only trades time for memory.
 _SCORE_ELEMENTS = 1 << 24
+_ABSENT = -(1 << 62)  # position of an absent row
 
 
 class _Piece(NamedTuple):
@@ -110,7 +111,7 @@ class _Rows:
                 chunk = slice(first, min(first + step, rows.stop))
                 position = self.positions[batch, chunk].long()
                 low, high = start[:, None].expand_as(position), end[:, None].expand_as(position)
-                absent = position == ABSENT
+                absent = position == _ABSENT
                 if self.extras.ends is not None:
                     absent = absent | (position < low) | (position >= high)
                 if self.options.causal:
@@ -283,11 +284,16 @@ def _add(total: Tensor, piece: _Piece, part: Tensor) -> None:
     total[piece.key_batch, :, piece.keys] += part
 
 
+def _from_key_0(positions: Tensor, options: Options) -> Tensor:
+    positions = positions.long()
+    return torch.where(positions < 0, _ABSENT, positions - options.offset)
+
+
 def row_mass_forward(
     q: Tensor, k: Tensor, positions: Tensor, extras: Extras, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Mass `(S, H, R, G)` and natural-log LSE `(S, H, R)` of the rows, float32 (float64 for float64)."""
-    return _forward(q, k, None, positions, extras, options, False)[1:]
+    return _forward(q, k, None, _from_key_0(positions, options), extras, options, False)[1:]
 
 
 def row_mass_backward(
@@ -304,7 +310,20 @@ def row_mass_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq `(S, H, R, D)`, dk `(B, H_kv, N, D)`, dweights and dsinks."""
     dq, dk, _, dw, dsinks = _backward(
-        None, dmass, dlse, q, k, None, positions, extras, None, mass, lse, options, weights_wanted, False
+        None,
+        dmass,
+        dlse,
+        q,
+        k,
+        None,
+        _from_key_0(positions, options),
+        extras,
+        None,
+        mass,
+        lse,
+        options,
+        weights_wanted,
+        False,
     )
     return dq, dk, dw, dsinks
 

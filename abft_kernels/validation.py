@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abft_kernels.spec import ABSENT
-
 MAX_GROUPS = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -66,12 +64,12 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 
 class Labels(NamedTuple):
-    groups: Tensor | None  # (B, N_k) int8
+    groups: Tensor | None  # (B, N_k) integers
     weights: Tensor | None  # (B, N_k, G), the accumulation dtype, with the caller's gradient
 
 
 def check_groups(key_groups: Tensor, num_groups: int, k: Tensor) -> Labels:
-    """Group ids `(B, N_k)` as int8, or weights `(B, N_k, G)`."""
+    """Group ids `(B, N_k)`, or weights `(B, N_k, G)`."""
     if not isinstance(key_groups, Tensor):
         raise TypeError(f"key_groups must be a torch.Tensor, got {type(key_groups).__name__}")
     if key_groups.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, *DTYPES):
@@ -96,7 +94,7 @@ def check_groups(key_groups: Tensor, num_groups: int, k: Tensor) -> Labels:
                 f"key_groups holds values from {low} to {high}; with num_groups={num_groups} a key is "
                 f"-1 (no group) or 0 … {num_groups - 1}"
             )
-    return Labels(key_groups.to(torch.int8).contiguous(), None)
+    return Labels(key_groups.contiguous(), None)
 
 
 def check_window(window: int | None, causal: bool) -> int:
@@ -167,10 +165,8 @@ def check_row_mask(row_mask: Tensor | None, q: Tensor) -> Tensor | None:
     return row_mask.to(torch.uint8).contiguous()
 
 
-def check_rows(
-    row_positions: Tensor, sequences: int, rows: int | None, first: int, last: int | None, key_offset: int
-) -> Tensor:
-    """`row_positions` as int32 `(S, R)`, counted from key 0, absent rows as ABSENT.
+def check_rows(row_positions: Tensor, sequences: int, rows: int | None, first: int, last: int | None) -> Tensor:
+    """`row_positions` `(S, R)`, contiguous.
 
     There are queries for the positions `first … last`; `last` None means that shards hold the rest.
     """
@@ -195,7 +191,7 @@ def check_rows(
                 f"row_positions asks for a row before position {first}, but q holds only the positions from "
                 f"{first} on; pass the queries of the wanted rows to row_mass"
             )
-    return torch.where(row_positions < 0, ABSENT, row_positions - key_offset).to(torch.int32)
+    return row_positions.contiguous()
 
 
 def check_packed(cu_seqlens: Tensor, n_k: int, n_q: int | None, taken: dict[str, bool]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`python -m bench` lists the cases, `python -m bench CASE …` runs some and writes their results.
+"""`python -m bench` lists the cases, `python -m bench CASE …` runs some, and `--gpu` is the suite for a GPU.
 
 A case is a module with `name`, `description` and `run(out_dir) -> path of what it wrote`.
 """
@@ -7,26 +7,60 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 
-CASES = ("memory", "aot")
+CASES = ("memory", "precision", "aot")
+GPU_SUITES = ("correctness", "kernels", "rows", "memory", "flex", "precision")
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    from bench.gpu import collect
+    from bench.verify import problems
+
+    try:
+        path = collect(
+            options.out, budget=options.budget, only=options.only, dry_run=options.dry_run, sanitize=options.sanitize
+        )
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    result = json.loads(path.read_text())
+    if not options.dry_run:
+        from bench.targets import print_verdicts
+
+        print_verdicts(result)
+    found = problems(result, allow_dirty=True)
+    print(*found[:10], f"wrote {path}: {'not to be published' if found else 'verified'}", sep="\n")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help="cases to run; none lists them")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument("--gpu", action="store_true", help="run every suite on this GPU into gpu.json")
+    parser.add_argument("--budget", type=float, default=500.0, help="seconds that --gpu may take, about")
+    parser.add_argument("--only", type=lambda text: text.split(","), help=f"suites of --gpu: {', '.join(GPU_SUITES)}")
+    parser.add_argument("--sanitize", action="store_true", help="compute-sanitizer over the kernel tests, too")
+    parser.add_argument("--dry-run", action="store_true", help="--gpu on the CPU in tiny shapes: that it runs")
     options = parser.parse_args(arguments)
+    if unknown := [suite for suite in options.only or () if suite not in GPU_SUITES]:
+        parser.error(f"no suite {', '.join(unknown)}; there are {', '.join(GPU_SUITES)}")
+    if options.gpu:
+        return _gpu(options)
     unknown = [case for case in options.cases if case not in CASES]
     if unknown:
-        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}, and --gpu")
     for case in options.cases or CASES:
         module = importlib.import_module(f"bench.{case}")
         if options.cases:
             print(f"wrote {module.run(options.out)}")
         else:
             print(f"{module.name:10} {module.description}")
+    if not options.cases:
+        print(f"{'--gpu':10} one GPU: {', '.join(GPU_SUITES)}; --sanitize adds compute-sanitizer")
     return 0
 
 

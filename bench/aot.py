@@ -133,28 +133,39 @@ def _source(case: Case) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
-def main_loops(sass: str) -> list[Counter[str]]:
-    """Opcodes of each innermost loop that holds matrix instructions, in the order of the code."""
+class Loop(NamedTuple):
+    opcodes: Counter[str]
+    skipped: int  # instructions of the longest stretch that a branch inside the loop jumps over
+
+
+def main_loops(sass: str) -> list[Loop]:
+    """Innermost loops that hold matrix instructions, in the order of the code."""
     labels: dict[str, int] = {}
-    branches: list[tuple[int, int]] = []
     opcodes: list[str] = []
+    branches: list[tuple[int, str]] = []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(opcodes)
         elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
             opcodes.append(found[1])
-            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-            if target and target[1] in labels:
-                branches.append((labels[target[1]], len(opcodes)))
-    matrix = {"HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA"}
-    loops = [loop for loop in branches if matrix & set(opcodes[slice(*loop)])]
+            if target := re.search(r"BRA.*`\((\.L_x_\d+)\)", line):
+                branches.append((len(opcodes), target[1]))
+    jumps = [(source, labels[label]) for source, label in branches if label in labels]
+    matrix = {"HGMMA", "HMMA", "UTCHMMA"}
+    loops = [(to, source) for source, to in jumps if to < source and matrix & set(opcodes[to:source])]
     innermost = [x for x in loops if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
-    return [Counter(opcodes[slice(*loop)]) for loop in innermost]
+    return [
+        Loop(
+            Counter(opcodes[start:end]),
+            max((to - source for source, to in jumps if start <= source < to < end), default=0),
+        )
+        for start, end in innermost
+    ]
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-    """Adds `registers`, `stack`, `spills` (local-memory instructions), `shared`, `hgmma`, `hmma`, `loops` (counts of
-    instructions of each main loop), or `error`."""
+    """Adds `registers`, `stack`, `spills` (local-memory instructions), `loop_spills` (those of them inside main loops),
+    `shared`, `hgmma`, `hmma`, `utcmma`, `loops` (counts of instructions of each main loop), or `error`."""
     row: dict[str, Any] = {**case._asdict(), "launch": list(case.launch)}
     options = {"num_warps": case.launch.num_warps, "num_stages": case.launch.num_stages}
     try:
@@ -172,19 +183,46 @@ def compile_case(case: Case) -> dict[str, Any]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         return {**row, "error": f"cuobjdump gave no usage: {usage[:200]}"}
+    loops = main_loops(sass)
     return {
         **row, "registers": int(found[1]), "stack": int(found[2]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)), "shared": compiled.metadata.shared,
         "hgmma": len(re.findall(r"\bHGMMA\b", sass)), "hmma": len(re.findall(r"\bHMMA\b", sass)),
         "utcmma": len(re.findall(r"\bUTC\w*MMA\b", sass)),
-        "loops": [{"instructions": sum(loop.values()), **_kinds(loop)} for loop in main_loops(sass)],
+        "loops": [_kinds(loop) for loop in loops],
+        "loop_spills": sum(loop.opcodes[op] for loop in loops for op in ("STL", "LDL")),
     }  # fmt: skip
 
 
-def _kinds(loop: Counter[str]) -> dict[str, int]:
+def _kinds(loop: Loop) -> dict[str, int]:
     kinds = {"matrix": r".*MMA", "special": r"MUFU", "float": r"F(ADD|MUL|FMA|MNMX\w*|SEL|SET\w*)",
              "shared": r"(LDS\w*|STS\w*)", "global": r"(LDG\w*|LDGSTS\w*|UTMALDG|STG)"}  # fmt: skip
-    return {kind: sum(n for op, n in loop.items() if re.fullmatch(pattern, op)) for kind, pattern in kinds.items()}
+    counts = {
+        kind: sum(n for op, n in loop.opcodes.items() if re.fullmatch(pattern, op)) for kind, pattern in kinds.items()
+    }
+    return {"instructions": loop.opcodes.total(), "skipped": loop.skipped, **counts}
+
+
+def instruction_table(archs: list[int], jobs: int) -> list[dict[str, Any]]:
+    """Instructions of each fused kernel's unmasked main loop, a thread and an iteration, mass off and on.
+
+    `skipped` is what a block of keys without a label jumps over. bf16, causal, 2 groups, the launch of the table.
+    """
+    cases = []
+    for table in ("forward", "backward_kv", "backward_q"):
+        for arch in archs:
+            for head_dim in (64, 128):
+                launch = _first(TABLE[table, 2, table_architecture(arch)], head_dim, 2)
+                cases += [Case(KERNELS[table][0], table, arch, "bf16", head_dim, 2, launch, v) for v in ("off", "full")]
+    with ProcessPoolExecutor(jobs) as pool:
+        compiled = list(pool.map(compile_case, cases))
+    rows = []
+    for off, on in zip(compiled[::2], compiled[1::2], strict=True):
+        loops = [min(row["loops"], key=lambda loop: loop["instructions"]) for row in (off, on)]
+        rows.append(
+            {key: on[key] for key in ("kernel", "arch", "head_dim", "launch")} | {"off": loops[0], "on": loops[1]}
+        )
+    return rows
 
 
 def _first(entries: list[tuple[int, int, Launch]], head_dim: int, groups: int) -> Launch:
@@ -255,9 +293,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--variants", action="store_true", help="also compile the featureless and the all-ones form")
+    parser.add_argument("--instructions", action="store_true", help="main-loop instruction counts, mass off and on")
     options = parser.parse_args(arguments)
     archs = [int(a) for a in options.arch.split(",")]
     groups = [int(g) for g in options.groups.split(",")]
+    if options.instructions:
+        table = instruction_table(archs, options.jobs)
+        for row in table:
+            off, on = row["off"], row["on"]
+            print(f"{row['kernel']:26} sm_{row['arch']:<3} D{row['head_dim']:<3} mass off {off['instructions']:4}, on "
+                  f"{on['instructions']:4} of which a block without labels skips {on['skipped']}")  # fmt: skip
+        if options.json:
+            write_json(options.json, {"provenance": provenance(("torch", "triton")), "rows": table})
+        return 0
     cases = table_cases(archs, groups, options.variants)
     cases = [case for case in cases if case.dtype in options.dtype.split(",") or case.table == "other"]
     if options.brief:

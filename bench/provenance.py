@@ -35,7 +35,10 @@ def _processor() -> str:
 
 
 def provenance(packages: tuple[str, ...] = ("torch", "triton", "transformers")) -> dict[str, Any]:
-    """Command, commit, versions, processor and date of this run."""
+    """Command, commit, versions, processor and date of this run.
+
+    Where the files were copied without their `.git`, `BENCH_COMMIT` and `BENCH_DIRTY` (0 or 1) say what they are.
+    """
     versions = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -45,8 +48,8 @@ def provenance(packages: tuple[str, ...] = ("torch", "triton", "transformers")) 
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "command": " ".join(["python", "-m", "bench", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("BENCH_COMMIT"),
+        "dirty": bool(status) if status is not None else {"0": False, "1": True}.get(os.environ.get("BENCH_DIRTY", "")),
         "versions": versions,
         "processor": _processor(),
         "cpus": os.cpu_count(),

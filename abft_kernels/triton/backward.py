@@ -61,7 +61,8 @@ def _mass_attn_bwd_preprocess_kernel(
     off_bh = (tl.program_id(0) // num_tiles).to(tl.int64)
     off_b = off_bh // heads
     off_h = off_bh % heads
-    offs_m = (tl.program_id(0) % num_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_m = (tl.program_id(0) % num_tiles) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     in_range = offs_m < n_q
     row = off_bh * n_q + offs_m
     delta = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -69,8 +70,8 @@ def _mass_attn_bwd_preprocess_kernel(
         offs_d = tl.arange(0, BLOCK_D)
         out_base = Out + off_b * stride_ob + off_h * stride_oh
         do_base = dO + off_b * stride_dob + off_h * stride_doh
-        out = load_rows(out_base, offs_m, offs_d, stride_om, stride_od, 0, n_q, HEAD_DIM, True)
-        do = load_rows(do_base, offs_m, offs_d, stride_dom, stride_dod, 0, n_q, HEAD_DIM, True)
+        out = load_rows(out_base, start_m, offs_m, offs_d, stride_om, stride_od, 0, n_q, HEAD_DIM, True)
+        do = load_rows(do_base, start_m, offs_m, offs_d, stride_dom, stride_dod, 0, n_q, HEAD_DIM, True)
         delta += tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     if HAS_DMASS:
         for g in tl.static_range(GROUPS):
@@ -130,7 +131,7 @@ def _key_block(
 ):  # fmt: skip
     offs_m = start_m + tl.arange(0, BLOCK_M)
     # Rows that see the whole block are all the sequence's own.
-    q = load_rows(q_base, offs_m, offs_d, stride_qm, stride_qd, first_m, limit_m, HEAD_DIM, MASKED)
+    q = load_rows(q_base, start_m, offs_m, offs_d, stride_qm, stride_qd, first_m, limit_m, HEAD_DIM, MASKED)
     lse2, delta = _load_statistics(LSE2, Delta, row_base, offs_m, n_q, MASKED)
     rows, keys = (offs_m + offset)[None, :], offs_n[:, None]
     s, factor, capped = base2_scores(k, q, rows, keys, slope2, qk_scale, softcap2, HAS_SOFTCAP, HAS_SLOPES, PRECISION)
@@ -142,7 +143,7 @@ def _key_block(
         p = tl.where(seen & own[None, :], p, 0.0)
     ds = tl.zeros_like(p) - delta[None, :]
     if HAS_DO:
-        do = load_rows(do_base, offs_m, offs_dv, stride_dom, stride_dod, first_m, limit_m, HEAD_DIM_V, MASKED)
+        do = load_rows(do_base, start_m, offs_m, offs_dv, stride_dom, stride_dod, first_m, limit_m, HEAD_DIM_V, MASKED)
         dp = matmul(v, tl.trans(do), None, PRECISION)
         kept = p
         if HAS_DROPOUT:
@@ -202,11 +203,11 @@ def _mass_attn_bwd_kv_kernel(
     end = tl.minimum(end, n_k)
 
     k_base = K + off_b * stride_kb + off_hk * stride_kh
-    k = load_rows(k_base, offs_n, offs_d, stride_kn, stride_kd, start, end, HEAD_DIM, True)
+    k = load_rows(k_base, start_n, offs_n, offs_d, stride_kn, stride_kd, start, end, HEAD_DIM, True)
     v = k
     if HAS_DO:
         v_base = V + off_b * stride_vb + off_hk * stride_vh
-        v = load_rows(v_base, offs_n, offs_dv, stride_vn, stride_vd, start, end, HEAD_DIM_V, True)
+        v = load_rows(v_base, start_n, offs_n, offs_dv, stride_vn, stride_vd, start, end, HEAD_DIM_V, True)
     group = offs_n
     groups_base = Q
     labelled = 1
@@ -235,7 +236,7 @@ def _mass_attn_bwd_kv_kernel(
         slope2 = 0.0
         if HAS_SLOPES:
             slope2 = tl.load(Slopes + off_bh) * log2e
-        for block in range(before + behind):
+        for block in tl.range(0, before + behind, num_stages=1):
             start_m = masked_block(block, first, full_hi, before, BLOCK_M)
             dk, dv, dw = _key_block(
                 dk, dv, dw, k, v, group, labelled, q_base, do_base, groups_base, LSE2, Delta, dMass, RowMask,
@@ -258,12 +259,12 @@ def _mass_attn_bwd_kv_kernel(
     limit_out = n_k
     if PACKED:  # keys behind the sequence are another tile's
         limit_out = end
-    store_rows(dK + off_bk * n_k * HEAD_DIM, offs_n, offs_d, HEAD_DIM, 1, limit_out, dk * scale, HEAD_DIM)
+    store_rows(dK + off_bk * n_k * HEAD_DIM, start_n, offs_n, offs_d, HEAD_DIM, 1, limit_out, dk * scale, HEAD_DIM)
     if HAS_DO:
-        store_rows(dV + off_bk * n_k * HEAD_DIM_V, offs_n, offs_dv, HEAD_DIM_V, 1, limit_out, dv, HEAD_DIM_V)
+        store_rows(dV + off_bk * n_k * HEAD_DIM_V, start_n, offs_n, offs_dv, HEAD_DIM_V, 1, limit_out, dv, HEAD_DIM_V)
     if HAS_DW:
         columns = tl.arange(0, GROUPS_PAD)
-        store_rows(PartDW + off_bk * n_k * GROUPS, offs_n, columns, GROUPS, 1, limit_out, dw, GROUPS)
+        store_rows(PartDW + off_bk * n_k * GROUPS, start_n, offs_n, columns, GROUPS, 1, limit_out, dw, GROUPS)
 
 
 @triton.jit
@@ -278,14 +279,14 @@ def _row_block(
 ):  # fmt: skip
     offs_n = start_n + tl.arange(0, BLOCK_N)
     keys = offs_n[None, :]
-    k = load_rows(k_base, offs_n, offs_d, stride_kn, stride_kd, start, end, HEAD_DIM, MASKED)
+    k = load_rows(k_base, start_n, offs_n, offs_d, stride_kn, stride_kd, start, end, HEAD_DIM, MASKED)
     s, factor, capped = base2_scores(q, k, rows, keys, slope2, qk_scale, softcap2, HAS_SOFTCAP, HAS_SLOPES, PRECISION)
     p = tl.exp2(s * factor - lse2[:, None])
     if MASKED:
         p = tl.where(seen_keys(rows, keys, start, end, window, IS_CAUSAL, HAS_WINDOW), p, 0.0)
     ds = tl.zeros_like(p) - delta[:, None]
     if HAS_DO:
-        v = load_rows(v_base, offs_n, offs_dv, stride_vn, stride_vd, start, end, HEAD_DIM_V, MASKED)
+        v = load_rows(v_base, start_n, offs_n, offs_dv, stride_vn, stride_vd, start, end, HEAD_DIM_V, MASKED)
         dp = matmul(do, tl.trans(v), None, PRECISION)
         if HAS_DROPOUT:
             dp = tl.where(dropout_keep(seed, offs_m[:, None], keys, stream, threshold), dp * keep_scale, 0.0)
@@ -348,12 +349,12 @@ def _mass_attn_bwd_q_kernel(
         labelled_base = Labelled + off_b * num_label_blocks
     if HAS_SLOPES:
         slope2 = tl.load(Slopes + off_bh) * log2e
-    q = load_rows(q_base, offs_m, offs_d, stride_qm, stride_qd, first_m, limit_m, HEAD_DIM, True)
+    q = load_rows(q_base, start_m, offs_m, offs_d, stride_qm, stride_qd, first_m, limit_m, HEAD_DIM, True)
     do = q
     if HAS_DO:
         v_base = V + off_b * stride_vb + off_hk * stride_vh
         do_base = dO + off_b * stride_dob + off_h * stride_doh
-        do = load_rows(do_base, offs_m, offs_dv, stride_dom, stride_dod, first_m, limit_m, HEAD_DIM_V, True)
+        do = load_rows(do_base, start_m, offs_m, offs_dv, stride_dom, stride_dod, first_m, limit_m, HEAD_DIM_V, True)
     lse2, delta = _load_statistics(LSE2, Delta, row_base, offs_m, n_q, True)
     if PACKED:
         lse2 = tl.where(offs_m < limit_m, lse2, float("inf"))
@@ -377,7 +378,7 @@ def _mass_attn_bwd_q_kernel(
             HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, False, IS_CAUSAL,
             HAS_WINDOW, HAS_WEIGHTS, HAS_SLOPES, HAS_SOFTCAP, HAS_DROPOUT, HAS_DO, HAS_DMASS, PRECISION,
         )  # fmt: skip
-    for block in range(before + behind):
+    for block in tl.range(0, before + behind, num_stages=1):
         start_n = masked_block(block, first, full_hi, before, BLOCK_N)
         dq = _row_block(
             dq, q, do, lse2, delta, wanted, any_wanted, k_base, v_base, groups_base, labelled_base, dMass,
@@ -390,7 +391,7 @@ def _mass_attn_bwd_q_kernel(
     limit_out = n_q
     if PACKED:
         limit_out = limit_m
-    store_rows(dQ + row_base * HEAD_DIM, offs_m, offs_d, HEAD_DIM, 1, limit_out, dq * scale, HEAD_DIM)
+    store_rows(dQ + row_base * HEAD_DIM, start_m, offs_m, offs_d, HEAD_DIM, 1, limit_out, dq * scale, HEAD_DIM)
 
 
 class Gradients(NamedTuple):

@@ -51,15 +51,27 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, offs_m, offs_d, stride_m, stride_d, first, limit, HEAD_DIM: tl.constexpr, CHECKED: tl.constexpr):
-    """A `[rows, BLOCK_D]` tile; rows outside `first … limit − 1` and columns beyond HEAD_DIM are 0.
+def _tile(base, start, offs, offs_d, stride_m, stride_d):
+    """Pointers to rows `offs` (from `start` on) of a matrix: one 64-bit product, and 32-bit offsets within the tile
+    that a loop need not compute again."""
+    return (
+        base + tl.cast(start, tl.int64) * stride_m + ((offs - start)[:, None] * stride_m + offs_d[None, :] * stride_d)
+    )
+
+
+@triton.jit
+def load_rows(
+    base, start, offs, offs_d, stride_m, stride_d, first, limit, HEAD_DIM: tl.constexpr, CHECKED: tl.constexpr
+):
+    """A `[rows, BLOCK_D]` tile of the rows from `start` on; rows outside `first … limit − 1` and columns beyond
+    HEAD_DIM are 0.
 
     The caller vouches for the rows if not CHECKED. Padding is never read: what stands there, NaN too, has no effect.
     """
-    pointers = base + offs_m.to(tl.int64)[:, None] * stride_m + offs_d[None, :] * stride_d
+    pointers = _tile(base, start, offs, offs_d, stride_m, stride_d)
     columns = offs_d[None, :] < HEAD_DIM
     if CHECKED:
-        rows = (offs_m >= first) & (offs_m < limit)
+        rows = (offs >= first) & (offs < limit)
         tile = tl.load(pointers, mask=rows[:, None] & columns, other=0.0)
     elif offs_d.shape[0] > HEAD_DIM:
         tile = tl.load(pointers, mask=columns, other=0.0)
@@ -69,10 +81,9 @@ def load_rows(base, offs_m, offs_d, stride_m, stride_d, first, limit, HEAD_DIM: 
 
 
 @triton.jit
-def store_rows(base, offs_m, offs_d, stride_m, stride_d, row_limit, value, HEAD_DIM: tl.constexpr):
-    pointers = base + offs_m.to(tl.int64)[:, None] * stride_m + offs_d[None, :] * stride_d
-    mask = (offs_m[:, None] < row_limit) & (offs_d[None, :] < HEAD_DIM)
-    tl.store(pointers, rounded(value, base.dtype.element_ty), mask=mask)
+def store_rows(base, start, offs, offs_d, stride_m, stride_d, row_limit, value, HEAD_DIM: tl.constexpr):
+    mask = (offs[:, None] < row_limit) & (offs_d[None, :] < HEAD_DIM)
+    tl.store(_tile(base, start, offs, offs_d, stride_m, stride_d), rounded(value, base.dtype.element_ty), mask=mask)
 
 
 @triton.jit

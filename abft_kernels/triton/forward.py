@@ -63,7 +63,9 @@ def _forward_block(
     HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    k = load_rows(k_base, offs_n, offs_d, stride_kn, stride_kd, start, end, HEAD_DIM, MASKED)  # [BLOCK_N, BLOCK_D]
+    k = load_rows(
+        k_base, start_n, offs_n, offs_d, stride_kn, stride_kd, start, end, HEAD_DIM, MASKED
+    )  # [BLOCK_N, BLOCK_D]
     keys = offs_n[None, :]
     s, factor, _ = base2_scores(q, k, rows, keys, slope2, qk_scale, softcap2, HAS_SOFTCAP, HAS_SLOPES, PRECISION)
     if MASKED:
@@ -80,7 +82,7 @@ def _forward_block(
     l_i = l_i * alpha + tl.sum(p, 1)
     if HAS_V:
         acc = acc * alpha[:, None]
-        v = load_rows(v_base, offs_n, offs_dv, stride_vn, stride_vd, start, end, HEAD_DIM_V, MASKED)
+        v = load_rows(v_base, start_n, offs_n, offs_dv, stride_vn, stride_vd, start, end, HEAD_DIM_V, MASKED)
         kept = p
         if HAS_DROPOUT:
             kept = tl.where(dropout_keep(seed, offs_m[:, None], keys, stream, threshold), p * keep_scale, 0.0)
@@ -148,7 +150,7 @@ def _mass_attn_fwd_kernel(
         wanted = tl.max(row_wanted.to(tl.int32), 0)
     if HAS_SLOPES:
         slope2 = tl.load(Slopes + off_bh) * log2e
-    q = load_rows(q_base, offs_m, offs_d, stride_qm, stride_qd, first_m, limit_m, HEAD_DIM, True)
+    q = load_rows(q_base, start_m, offs_m, offs_d, stride_qm, stride_qd, first_m, limit_m, HEAD_DIM, True)
     first, full_lo, full_hi, before, behind = key_phases(
         start_m + offset, start_m + BLOCK_M - 1 + offset, start, end, window,
         (start_m >= limit_m) | (start_m + BLOCK_M <= first_m), BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_ENDS,
@@ -167,7 +169,7 @@ def _mass_attn_fwd_kernel(
             HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, GROUPS_PAD, False, IS_CAUSAL,
             HAS_WINDOW, HAS_V, HAS_WEIGHTS, HAS_SOFTCAP, HAS_SLOPES, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
-    for block in range(before + behind):
+    for block in tl.range(0, before + behind, num_stages=1):
         start_n = masked_block(block, first, full_hi, before, BLOCK_N)
         acc, l_i, m_i, mass = _forward_block(
             acc, l_i, m_i, mass, q, k_base, v_base, groups_base, labelled_base,
@@ -204,7 +206,7 @@ def _mass_attn_fwd_kernel(
     if HAS_V:
         out_base = Out + off_b * stride_ob + off_h * stride_oh
         out = tl.where(present[:, None], acc / l_i[:, None], 0.0)
-        store_rows(out_base, offs_m, offs_dv, stride_om, stride_od, limit_out, out, HEAD_DIM_V)
+        store_rows(out_base, start_m, offs_m, offs_dv, stride_om, stride_od, limit_out, out, HEAD_DIM_V)
 
 
 def features(q: Tensor, v: Tensor | None, extras: Extras, options: Options, groups: int) -> dict[str, Any]:
@@ -257,8 +259,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor | None, extras: Extras, options: Opt
         return out, mass, lse
     if v is not None and not options.packed and extras.row_mask is None and options.dropout_p == 0:  # noqa: SIM102
         if n_k > 0 and decodes(n_q, heads // k.shape[1], n_k):
-            positions = torch.arange(n_q, device=q.device, dtype=torch.int32) + options.offset
-            row_kernel.forward_into(out, mass, lse, q, k, v, positions.expand(batch, -1), extras, options)
+            # Positions may not be negative: they are counted from row 0, which stands at `offset`.
+            positions = torch.arange(n_q, device=q.device, dtype=torch.int32).expand(batch, -1)
+            row_kernel.forward_into(out, mass, lse, q, k, v, positions, extras, options, -options.offset)
             return out, mass, lse
     labels = extras.weights if extras.weights is not None else extras.groups
     config = launch_config("forward", head_tile(q, v), q.element_size(), groups, q.device)

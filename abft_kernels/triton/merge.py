@@ -67,10 +67,11 @@ def row_mass_dq_kernel(
     PartDQ, dQ, total_rows, num_splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offs_m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start_m = tl.program_id(0) * BLOCK
+    offs_m = start_m + tl.arange(0, BLOCK)
     offs_d = tl.arange(0, BLOCK_D)
     dq = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
     for split in range(num_splits):
         part = PartDQ + split * HEAD_DIM
-        dq += load_rows(part, offs_m, offs_d, num_splits * HEAD_DIM, 1, 0, total_rows, HEAD_DIM, True)
-    store_rows(dQ, offs_m, offs_d, HEAD_DIM, 1, total_rows, dq, HEAD_DIM)
+        dq += load_rows(part, start_m, offs_m, offs_d, num_splits * HEAD_DIM, 1, 0, total_rows, HEAD_DIM, True)
+    store_rows(dQ, start_m, offs_m, offs_d, HEAD_DIM, 1, total_rows, dq, HEAD_DIM)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from abft_kernels.launch import Launch, launch_config, row_splits
 from abft_kernels.merging import sink_gradient
-from abft_kernels.spec import ABSENT, Extras, Options
+from abft_kernels.spec import Extras, Options
 from abft_kernels.triton.common import (
     INTERPRETED,
     LN2,
@@ -47,12 +47,10 @@ from abft_kernels.triton.common import (
 )
 from abft_kernels.triton.merge import row_mass_combine_kernel, row_mass_dq_kernel
 
-_ABSENT = tl.constexpr(ABSENT)
-
 
 @triton.jit
 def _load_packed(
-    Q, Positions, Slopes, off_b, off_hk, packed, group_size, kv_heads, num_rows, offs_d, start, end, log2e,
+    Q, Positions, Slopes, off_b, off_hk, packed, group_size, kv_heads, num_rows, key_offset, offs_d, start, end, log2e,
     stride_qb, stride_qh, stride_qm, stride_qd, HEAD_DIM: tl.constexpr, HAS_ENDS: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
 ):  # fmt: skip
@@ -63,8 +61,9 @@ def _load_packed(
     in_range = packed < group_size * num_rows
     head = off_hk * group_size + packed // num_rows
     row = packed % num_rows
-    position = tl.load(Positions + off_b * num_rows + row, mask=in_range, other=_ABSENT)
-    present = position != _ABSENT
+    position = tl.load(Positions + off_b * num_rows + row, mask=in_range, other=-1).to(tl.int32)
+    present = position >= 0
+    position -= key_offset
     if HAS_ENDS:
         present = present & (position >= start) & (position < end)
     pointers = Q + off_b * stride_qb + head[:, None] * stride_qh + row.to(tl.int64)[:, None] * stride_qm
@@ -97,7 +96,7 @@ def _row_mass_fwd_kernel(
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_ob, stride_oh, stride_om, stride_od,
-    kv_heads, group_size, num_rows, n_k, blocks_per_split, window, qk_scale, softcap2, log2e, ln2,
+    kv_heads, group_size, num_rows, n_k, blocks_per_split, key_offset, window, qk_scale, softcap2, log2e, ln2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PAD: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_ENDS: tl.constexpr,
@@ -116,8 +115,8 @@ def _row_mass_fwd_kernel(
     packed = (tl.program_id(0) % num_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
     start, end = sequence_bounds(Starts, Ends, off_b, n_k, HAS_STARTS, HAS_ENDS)
     q, position, own, slope2, index, in_range = _load_packed(
-        Q, Positions, Slopes, off_b, off_hk, packed, group_size, kv_heads, num_rows, offs_d, start, end, log2e,
-        stride_qb, stride_qh, stride_qm, stride_qd, HEAD_DIM, HAS_ENDS, HAS_SLOPES,
+        Q, Positions, Slopes, off_b, off_hk, packed, group_size, kv_heads, num_rows, key_offset, offs_d, start, end,
+        log2e, stride_qb, stride_qh, stride_qm, stride_qd, HEAD_DIM, HAS_ENDS, HAS_SLOPES,
     )  # fmt: skip
     start = tl.maximum(start, 0)
     end = tl.minimum(end, n_k)
@@ -138,7 +137,7 @@ def _row_mass_fwd_kernel(
     hi = tl.minimum((split + 1) * blocks_per_split * BLOCK_N, hi)
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_rows(k_base, offs_n, offs_d, stride_kn, stride_kd, start, end, HEAD_DIM, True)
+        k = load_rows(k_base, start_n, offs_n, offs_d, stride_kn, stride_kd, start, end, HEAD_DIM, True)
         s, factor, _ = base2_scores(
             q, k, position[:, None], offs_n[None, :], slope2, qk_scale, softcap2, HAS_SOFTCAP, HAS_SLOPES, PRECISION
         )  # [BLOCK_R, BLOCK_N]
@@ -150,7 +149,7 @@ def _row_mass_fwd_kernel(
         alpha = tl.exp2(m_i - shift)
         l_i = l_i * alpha + tl.sum(p, 1)
         if HAS_V:
-            v = load_rows(v_base, offs_n, offs_dv, stride_vn, stride_vd, start, end, HEAD_DIM_V, True)
+            v = load_rows(v_base, start_n, offs_n, offs_dv, stride_vn, stride_vd, start, end, HEAD_DIM_V, True)
             acc = matmul(rounded(p, v.dtype), v, acc * alpha[:, None], PRECISION)
         if GROUPS > 0:
             group = load_groups(groups_base, offs_n, n_k, HAS_WEIGHTS)
@@ -196,7 +195,7 @@ def _row_mass_bwd_kernel(
     Q, K, Groups, Positions, Slopes, Starts, Ends, LSE, Mass, dMass, dLSE, PartDQ, dK, PartDW,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
-    kv_heads, group_size, num_rows, n_k, blocks_per_split, tiles_per_program, window,
+    kv_heads, group_size, num_rows, n_k, blocks_per_split, tiles_per_program, key_offset, window,
     scale, qk_scale, softcap2, log2e,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     GROUPS: tl.constexpr, GROUPS_PAD: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -230,8 +229,9 @@ def _row_mass_bwd_kernel(
         last_block = tl.minimum(last_block, tl.cdiv(key_end, BLOCK_N))
     dq = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     for block in range(first_block, last_block):
-        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = load_rows(k_base, offs_n, offs_d, stride_kn, stride_kd, key_start, key_end, HEAD_DIM, True)
+        start_n = block * BLOCK_N
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = load_rows(k_base, start_n, offs_n, offs_d, stride_kn, stride_kd, key_start, key_end, HEAD_DIM, True)
         group = offs_n
         if HAS_DMASS:
             group = load_groups(groups_base, offs_n, n_k, HAS_WEIGHTS)
@@ -240,8 +240,8 @@ def _row_mass_bwd_kernel(
         for tile in range(first_tile, first_tile + tiles_per_program):
             packed = tile * BLOCK_R + tl.arange(0, BLOCK_R)
             q, position, own, slope2, index, in_range = _load_packed(
-                Q, Positions, Slopes, off_b, off_hk, packed, group_size, kv_heads, num_rows, offs_d, start, end, log2e,
-                stride_qb, stride_qh, stride_qm, stride_qd, HEAD_DIM, HAS_ENDS, HAS_SLOPES,
+                Q, Positions, Slopes, off_b, off_hk, packed, group_size, kv_heads, num_rows, key_offset, offs_d,
+                start, end, log2e, stride_qb, stride_qh, stride_qm, stride_qd, HEAD_DIM, HAS_ENDS, HAS_SLOPES,
             )  # fmt: skip
             row = batch_base + index
             lse = tl.load(LSE + row, mask=in_range, other=float("-inf"))
@@ -350,7 +350,7 @@ def forward(q: Tensor, k: Tensor, positions: Tensor, extras: Extras, options: Op
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if lse.numel() == 0 or k.shape[2] == 0:
         return mass.zero_(), lse.fill_(float("-inf"))
-    forward_into(None, mass, lse, q, k, None, positions, extras, options)
+    forward_into(None, mass, lse, q, k, None, positions, extras, options, options.offset)
     return mass, lse
 
 
@@ -364,6 +364,7 @@ def forward_into(
     positions: Tensor,
     extras: Extras,
     options: Options,
+    key_offset: int,
 ) -> None:
     """Launches the kernels; with v also the output of the rows, into `out` `(B, H, R, D_v)` of any strides."""
     grid = _Grid(q, k, v, extras, options)
@@ -380,7 +381,7 @@ def forward_into(
         q, k, v, _labels(extras), positions.contiguous(), extras.sinks, extras.slopes, extras.starts, extras.ends,
         part_out, part_lse, part_mass,
         *strides(q), *grid.k_strides, *(strides(v) if v is not None else (0, 0, 0, 0)), *out_strides,
-        grid.kv_heads, grid.group_size, grid.num_rows, grid.n_k, grid.blocks_per_split, options.window,
+        grid.kv_heads, grid.group_size, grid.num_rows, grid.n_k, grid.blocks_per_split, key_offset, options.window,
         *score_factors(options), LOG2E, LN2,
         HEAD_DIM_V=grid.head_dim_v, BLOCK_DV=grid.block_dv if v is not None else 1, HAS_V=v is not None,
         HAS_SINKS=extras.sinks is not None, FINAL=final, **grid.meta,
@@ -414,7 +415,7 @@ def backward(
     if labels is None or options.num_groups == 0:
         dmass = None
     want_dw = weights_wanted and extras.weights is not None and dmass is not None
-    dsinks = torch.zeros(q.shape[1] if extras.sinks is not None else 0, dtype=torch.float32, device=q.device)
+    dsinks = torch.empty(0, dtype=torch.float32, device=q.device)
     fresh = torch.zeros if options.packed or q.numel() == 0 or k.numel() == 0 else torch.empty
     dq = fresh(q.shape, dtype=q.dtype, device=q.device)
     dk = fresh(k.shape, dtype=k.dtype, device=k.device)
@@ -435,7 +436,7 @@ def backward(
             q, k, labels, positions, extras.slopes, extras.starts, extras.ends, lse, mass, dmass, dlse,
             part_dq, dk, dw, *strides(q), *grid.k_strides,
             grid.kv_heads, grid.group_size, grid.num_rows, grid.n_k, grid.blocks_per_split, tiles_per_program,
-            options.window, options.scale, *score_factors(options), LOG2E,
+            options.offset, options.window, options.scale, *score_factors(options), LOG2E,
             HAS_DMASS=dmass is not None, HAS_DLSE=dlse is not None,
             WRITE_DQ=write_dq, WRITE_DK=write_dk, WRITE_DW=write_dk and want_dw, **grid.meta,
         )  # fmt: skip

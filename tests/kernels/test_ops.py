@@ -39,7 +39,7 @@ def _arguments(name, device, backend):
     weights = inputs.extras.get("weights")
     slopes = given.get("alibi_slopes")
     extras = Extras(
-        groups=None if weights is not None else inputs.groups.to(torch.int8),
+        groups=None if weights is not None else inputs.groups,
         weights=None if weights is None else weights.requires_grad_(),
         sinks=inputs.extras["sinks"].requires_grad_() if "sinks" in inputs.extras else None,
         slopes=None if slopes is None else slopes.float().expand(heads[0].shape[0], -1).contiguous(),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from harness import Case, assert_close, check, make_inputs, run
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from abft_kernels import mass_attention, mass_attention_reference
 
@@ -74,3 +75,54 @@ def test_rows_of_an_attention(n_q, backend, device):
     oracle = results(torch.float64, mass_attention_reference)
     for name, x, y, z in zip(("out", "mass", "lse", "dq", "dk", "dv"), ours, base, oracle, strict=True):
         assert_close(name, x, y, z, 0.0)
+
+
+class _Launches(TorchDispatchMode):
+    """PyTorch operators that would launch a kernel on a GPU."""
+
+    FREE = ("empty", "view", "detach", "as_strided", "expand", "reshape", "alias")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not any(free in str(func) for free in self.FREE):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("n_k", "launches"), [(60, 2), (300, 4)])
+def test_few_launches(n_k, launches, device, monkeypatch):
+    """One kernel each way for a single split, two for several; nothing else, whatever integers come in."""
+    from abft_kernels.spec import Extras, Options
+    from abft_kernels.triton import rows
+
+    if device.type == "cuda":
+        pytest.skip("the number of splits depends on the GPU; the benchmark counts launches there")
+    inputs = make_inputs(Case.parse(f"B1-H4:1-R1-N{n_k}-D32-G2-fp32-causal"), device)
+    started = []
+    for name in ("_row_mass_fwd_kernel", "_row_mass_bwd_kernel", "row_mass_combine_kernel", "row_mass_dq_kernel"):
+        kernel = getattr(rows, name)
+
+        class Spy:
+            def __init__(self, kernel=kernel, name=name):
+                self.kernel, self.name = kernel, name
+
+            def __getitem__(self, grid):
+                def start(*args, **kwargs):
+                    started.append(self.name)
+                    with _disable_current_modes():  # the interpreter's own copies
+                        self.kernel[grid](*args, **kwargs)
+
+                return start
+
+        monkeypatch.setattr(rows, name, Spy())
+    q, k = inputs.heads.values()
+    extras, options = Extras(groups=inputs.groups), Options(num_groups=2, scale=0.2)
+    torch.use_deterministic_algorithms(False)  # fills of poisoned memory are no launches of ours
+    with _Launches() as torch_launches:
+        mass, lse = rows.forward(q, k, inputs.arguments["row_positions"], extras, options)
+        rows.backward(mass, None, q, k, inputs.arguments["row_positions"], extras, mass, lse, options, False)
+    assert len(started) == launches
+    assert torch_launches.names == []

@@ -1,0 +1,172 @@
+"""What the kernels are compared with: every other way to get an attention output, a mass, or both.
+
+Each takes q `(B, H, N, D)`, k and v `(B, H_kv, N, D)` and key groups `(B, N)`, causal, and returns its results; it
+raises where it cannot run. `out`, and `mass` where it gives one, are what a training step would use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import abft_kernels
+
+__all__ = ["FLEX", "FUSED", "OURS", "ROWS", "Attention"]
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, ...]]
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+    return abft_kernels.mass_attention(q, k, v, groups, num_groups, backend="triton")
+
+
+def _ours_without_mass(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+    return (abft_kernels.attention(q, k, v, backend="triton"),)
+
+
+def _expanded(x: Tensor, heads: int) -> Tensor:
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+    """As transformers' eager attention: scores in the input dtype, softmax in float32, all N × N of it."""
+    scores = q @ _expanded(k, q.shape[1]).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1, dtype=torch.float32).to(q.dtype)
+    return weights @ _expanded(v, q.shape[1]), weights @ _indicator(groups, num_groups, q.dtype)[:, None]
+
+
+def _indicator(groups: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
+    return (groups[..., None] == torch.arange(num_groups, device=groups.device)).to(dtype)
+
+
+def _sdpa(backend: SDPBackend) -> Attention:
+    def attention(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+        grouped = q.shape[1] != k.shape[1]
+        if grouped and backend is SDPBackend.EFFICIENT_ATTENTION:  # it has no grouped queries
+            k, v, grouped = _expanded(k, q.shape[1]), _expanded(v, q.shape[1]), False
+        with sdpa_kernel(backend):
+            return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped),)
+
+    return attention
+
+
+def recomputed_row(q_row: Tensor, k: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """Mass `(B, H, 1, G)` of the last row in plain PyTorch: q Kᵀ, softmax, a product with the indicator."""
+    batch, heads, rows, head_dim = q_row.shape
+    packed = q_row.reshape(batch, k.shape[1], heads // k.shape[1] * rows, head_dim)
+    scores = (packed @ k.transpose(-1, -2)).float() / math.sqrt(head_dim)
+    mass = torch.softmax(scores, -1) @ _indicator(groups, num_groups, torch.float32)[:, None]
+    return mass.reshape(batch, heads, rows, num_groups)
+
+
+def _flash_and_row(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+    out = _sdpa(SDPBackend.FLASH_ATTENTION)(q, k, v, groups, num_groups)[0]
+    return out, recomputed_row(q[:, :, -1:], k, groups, num_groups)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+    from flash_attn import flash_attn_func
+
+    return (flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2),)
+
+
+def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
+    return ((out[0] if isinstance(out, tuple) else out).transpose(1, 2),)
+
+
+def _causal(b: Any, h: Any, row: Any, key: Any) -> Any:
+    return row >= key
+
+
+class _Flex:
+    """FlexAttention, compiled for each shape that it meets; its block masks are made outside of the timed part."""
+
+    def __init__(self) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        self.create = create_block_mask
+        self.attention = torch.compile(flex_attention, dynamic=False)
+        self.masks: dict[tuple[int, str], Any] = {}
+
+    def mask(self, q: Tensor) -> Any:
+        key = (q.shape[2], "causal")
+        if key not in self.masks:
+            self.masks[key] = self.create(_causal, None, None, q.shape[2], q.shape[2], device=q.device)
+        return self.masks[key]
+
+
+def flex_columns(flex: _Flex) -> Attention:
+    """V widened by an indicator column for each group, padded to a width that its kernel takes."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+        columns = _indicator(groups, num_groups, v.dtype)[:, None].expand(-1, v.shape[1], -1, -1)
+        width = 1 << (v.shape[-1] + num_groups - 1).bit_length()
+        wide = F.pad(torch.cat([v, columns], -1), (0, width - v.shape[-1] - num_groups))
+        out = flex.attention(q, k, wide, block_mask=flex.mask(q), enable_gqa=q.shape[1] != k.shape[1])
+        return out[..., : v.shape[-1]], out[..., v.shape[-1] : v.shape[-1] + num_groups]
+
+    return attention
+
+
+def flex_second_lse(flex: _Flex) -> Attention:
+    """exp(LSE_g − LSE): a second attention over the keys of each group, for its LSE."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+        grouped = q.shape[1] != k.shape[1]
+        out, lse = flex.attention(q, k, v, block_mask=flex.mask(q), enable_gqa=grouped, return_lse=True)
+        masses = []
+        for g in range(num_groups):
+            kept = (groups == g).nonzero()[:, 1].view(groups.shape[0], -1)  # as many in every sample
+            chosen = [x.gather(2, kept[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v)]
+
+            def visible(b: Any, h: Any, row: Any, key: Any, kept: Tensor = kept) -> Any:
+                return row >= kept[b, key]
+
+            mask = self_masks.get((q.shape, g))
+            if mask is None:
+                mask = flex.create(visible, q.shape[0], None, q.shape[2], kept.shape[1], device=q.device)
+                self_masks[q.shape, g] = mask
+            of_group = flex.attention(q, *chosen, block_mask=mask, enable_gqa=grouped, return_lse=True)[1]
+            masses.append(torch.exp(of_group - lse))
+        return out, torch.stack(masses, -1)
+
+    self_masks: dict[Any, Any] = {}
+    return attention
+
+
+OURS: dict[str, Attention] = {"abft": _ours, "abft, no mass": _ours_without_mass}
+
+# name -> function, and the longest sequence that it is tried at.
+FUSED: dict[str, tuple[Attention, int]] = {
+    "SDPA flash": (_sdpa(SDPBackend.FLASH_ATTENTION), 1 << 20),
+    "SDPA cuDNN": (_sdpa(SDPBackend.CUDNN_ATTENTION), 1 << 20),
+    "SDPA efficient": (_sdpa(SDPBackend.EFFICIENT_ATTENTION), 1 << 15),
+    "SDPA flash + PyTorch row": (_flash_and_row, 1 << 20),
+    "eager": (_eager, 1 << 15),
+    "flash-attn 2": (_flash_attn, 1 << 20),
+    "flash-attn 3": (_flash_attn_3, 1 << 20),
+}
+FLEX: dict[str, Callable[[_Flex], Attention]] = {
+    "FlexAttention, V columns": flex_columns,
+    "FlexAttention, second LSE": flex_second_lse,
+}
+
+
+def flex() -> _Flex:
+    return _Flex()
+
+
+ROWS: dict[str, Callable[[], Callable[..., Tensor]]] = {
+    "PyTorch": lambda: recomputed_row,
+    "PyTorch, compiled": lambda: torch.compile(recomputed_row, dynamic=False),
+}
