@@ -1,8 +1,8 @@
 """The Hugging Face adapter: attention masses out of any decoder that goes through transformers' attention interface.
 
-One name, `"abft"`, is registered for the attention and for its mask; nothing is patched. The mask becomes the
-first token and the number of tokens of each sample, so no N × N tensor exists. Keyword arguments of `model(...)`
-reach the attention function, and what it returns as weights comes back as `outputs.attentions`:
+One name, `"abft"`, is registered for the attention and for its mask; nothing is patched. The mask becomes `Bounds`:
+first token and number of tokens of each sample, window, packed sequences; so no N × N tensor exists. Keyword arguments
+of `model(...)` reach the attention function, and what it returns as weights comes back as `outputs.attentions`:
 
     model = enable(model)
     outputs = model(input_ids, attention_mask=…, key_groups=…, query_positions=…, output_attentions=True)
@@ -13,7 +13,7 @@ This is the only file that knows transformers' internals.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
@@ -31,20 +31,19 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 # Arguments that change the scores in ways the kernels do not compute: silence would give wrong masses.
 _UNSUPPORTED = {
-    "softcap": "logit soft-capping",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
     "position_bias": "an additive position bias",
     "alibi": "an additive position bias",
     "head_mask": "a head mask",
     "indices": "a choice of keys of its own",
     "block_indices": "a choice of keys of its own",
-    "cu_seq_lens_q": "packed sequences",
     "cache": "a paged cache",
 }
 # Tensors that models hand down beside these, and that leave the scores as they are.
 _HARMLESS = {"position_ids", "cache_position", "position_embeddings", "num_items_in_batch", "labels", "input_ids",
-             "inputs_embeds", "logits_to_keep", "mm_token_type_ids", "token_type_ids"}  # fmt: skip
+             "inputs_embeds", "logits_to_keep", "mm_token_type_ids", "token_type_ids", "cu_seq_lens_k"}  # fmt: skip
+
+# What the kernels compute.
+_SERVED = {"s_aux", "sinks", "cu_seq_lens_q"}
 
 # Before 5.3 some language-model heads (GPT-2's) do not hand unknown arguments down to the decoder.
 _HEADS_PASS_ARGUMENTS = Version(transformers.__version__) >= Version("5.3")
@@ -57,12 +56,45 @@ def _unsupported(module: nn.Module, what: str) -> NotImplementedError:
     )
 
 
+class Bounds(NamedTuple):
+    """What `_mask` hands to the attention of each layer in place of an N × N mask; always a causal one."""
+
+    seq_lens: Tensor | None = None  # (B,) int32
+    seq_starts: Tensor | None = None  # (B,) int32
+    cu_seqlens: Tensor | None = None  # (S + 1,) int32, packed sequences in a batch of one
+    window: int | None = None
+    dropped: int = 0  # keys that a cache of a sliding-window layer has let go
+    served: bool = True  # False: another mask, which a layer may not use
+
+
+def _bounds(module: nn.Module, attention_mask: Any, kwargs: dict[str, Any], n_k: int) -> Bounds | None:
+    """What the mask and the arguments say together."""
+    if attention_mask is not None and not isinstance(attention_mask, Bounds):
+        raise _unsupported(module, f"an attention mask of its own, of shape {tuple(attention_mask.shape)}")
+    if attention_mask is not None and not attention_mask.served:
+        raise NotImplementedError(_NOT_PLAIN)
+    cu_seqlens, window = kwargs.get("cu_seq_lens_q"), kwargs.get("sliding_window")
+    bounds = attention_mask
+    if cu_seqlens is not None:
+        if bounds is not None and bounds.seq_lens is not None:
+            raise ValueError("cu_seq_lens_q and an attention_mask with padding exclude each other; pass one of them")
+        bounds = (bounds or Bounds())._replace(cu_seqlens=cu_seqlens)
+    in_mask = None if bounds is None else bounds.window
+    packed = bounds is not None and bounds.cu_seqlens is not None
+    if window is not None and window < n_k and window != in_mask:
+        if not packed or in_mask is not None:
+            raise _unsupported(module, f"a sliding window of {window} tokens over {n_k} keys that its mask lacks")
+        assert bounds is not None  # sequences shorter than the window need none in the mask
+        bounds = bounds._replace(window=window)
+    return bounds
+
+
 def _attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -76,32 +108,30 @@ def _attention_forward(
     for name, argument in kwargs.items():
         if argument is not None and name in _UNSUPPORTED:
             raise _unsupported(module, _UNSUPPORTED[name])
-        if isinstance(argument, Tensor) and name not in _HARMLESS:
+        if isinstance(argument, Tensor) and name not in _HARMLESS and name not in _SERVED:
             raise _unsupported(module, f"an argument {name!r} that is not known here")
     of_its_own = getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(
         module, "scale_attn_weights", True
     )
     if scaling is None and of_its_own:
         raise _unsupported(module, "a scale of the scores that it does not pass on")
-    window = kwargs.get("sliding_window")
-    if window is not None and key.shape[2] > window:
-        raise _unsupported(module, f"a sliding window of {window} tokens over {key.shape[2]} keys")
-    if value.shape[-1] != query.shape[-1]:
-        raise _unsupported(module, f"values of head_dim {value.shape[-1]} beside keys of {query.shape[-1]}")
+    bounds = _bounds(module, attention_mask, kwargs, key.shape[2])
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    bounds: dict[str, Any] = {}
-    if attention_mask is not None:
-        if attention_mask.dtype != torch.int32 or attention_mask.dim() != 2 or attention_mask.shape[1] > 2:
-            raise _unsupported(module, f"an attention mask of its own, of shape {tuple(attention_mask.shape)}")
-        if attention_mask.shape[1] == 0:
-            raise NotImplementedError(_NOT_PLAIN)
-        causal = True  # bounds come from `_mask` alone, and stand for a causal mask
-        bounds = dict(zip(("seq_lens", "seq_starts"), attention_mask.T.contiguous(), strict=False))
-    shared = {**bounds, "causal": causal, "scale": scaling, "dropout_p": dropout, "backend": attention_backend}
+    sinks = kwargs.get("s_aux", kwargs.get("sinks"))
+    shared: dict[str, Any] = {
+        "causal": causal or bounds is not None,  # bounds come from `_mask` alone
+        "scale": scaling, "dropout_p": dropout, "softcap": kwargs.get("softcap"), "backend": attention_backend,
+        "sinks": None if sinks is None else sinks.reshape(-1),
+    }  # fmt: skip
+    if bounds is not None:
+        shared |= {name: getattr(bounds, name) for name in ("seq_lens", "seq_starts", "cu_seqlens", "window")}
     if key_groups is None:
         return attention(query, key, value, **shared).transpose(1, 2).contiguous(), None
-    if not causal:
+    if not shared["causal"]:
         raise _unsupported(module, "bidirectional or cross attention")
+    if bounds is not None and bounds.dropped:
+        key_groups = key_groups[:, bounds.dropped :]
+        query_positions = None if query_positions is None else query_positions - bounds.dropped
     if query_positions is not None and query_positions.shape[1] == query.shape[2] == 1:
         query_positions = None  # decoding: the only row there is
     out, mass = mass_attention(query, key, value, key_groups, num_key_groups, row_positions=query_positions, **shared)
@@ -109,35 +139,53 @@ def _attention_forward(
 
 
 _NOT_PLAIN = (
-    "the 'abft' attention serves causal masks with padding; this model or batch asks for another one (a sliding "
-    "window shorter than the input, packed sequences told by position_ids, bidirectional blocks). Pass an "
+    "the 'abft' attention serves causal masks with padding, a sliding window or packed sequences; this model or batch "
+    "asks for another one (chunks, bidirectional blocks, several samples packed by position_ids). Pass an "
     "attention_mask to have position_ids taken as padding, or use attn_implementation='sdpa'"
 )
 
 
-def _is_plain_causal(mask_function: Any, sample: int, first: int, start: int, end: int, device: Any) -> bool:
-    """Whether the rows `first … end − 1` of a sample see all its keys from `start` up to themselves, and no more.
+def _agrees(
+    mask_function: Any, sample: int, rows: Tensor, row_starts: Tensor | int, start: int, end: int, window: int | None
+) -> bool:
+    """Whether each of `rows` sees the keys from its start, and within the window, up to itself, and no others.
 
-    Looks at O(N) of the N² entries, enough for every mask that is made of windows, chunks, blocks, prefixes and
-    packed sequences: all keys of the first and the last row, and of each row the first, the middle, its own, the
-    next and the last.
+    Looks at O(N) of the N² entries, enough for every mask that is made of windows, chunks, blocks, prefixes and packed
+    sequences: all keys of the first and the last row, and of each row the ends of what it sees and their neighbours,
+    the middle, and the first and the last key.
     """
-    if mask_function is causal_mask_function:
+    if rows.numel() == 0 or start >= end:
         return True
-    if start >= end or first >= end:
-        return True
-    first = max(first, start)
-    rows = torch.arange(first, end, device=device)
-    keys = torch.arange(start, end, device=device)
-    same = torch.ones_like(rows)
-    probes = [(torch.full_like(keys, row), keys) for row in (first, end - 1)]
-    probes += [(rows, k) for k in (same * start, (rows + start) // 2, rows, (rows + 1).clamp(max=end - 1))]
-    probes.append((rows, same * (end - 1)))
-    batch, head = torch.tensor(sample, device=device), torch.tensor(0, device=device)
-    return all(
-        torch.equal(torch.as_tensor(mask_function(batch, head, r, k), device=device).expand(r.shape), k <= r)
-        for r, k in probes
-    )
+    starts = torch.as_tensor(row_starts, device=rows.device).expand(rows.shape)
+    keys = torch.arange(start, end, device=rows.device)
+    probes = [(row.expand(keys.shape), first.expand(keys.shape), keys)
+              for row, first in ((rows[0], starts[0]), (rows[-1], starts[-1]))]  # fmt: skip
+    wanted = [starts, starts - 1, (rows + starts) // 2, rows, rows + 1]
+    wanted += [torch.full_like(rows, key) for key in (start, end - 1)]
+    if window is not None:
+        wanted += [rows - window, rows - window + 1]
+    probes += [(rows, starts, k.clamp(start, end - 1)) for k in wanted]
+    batch, head = torch.tensor(sample, device=rows.device), torch.tensor(0, device=rows.device)
+    for r, first, k in probes:
+        seen = torch.as_tensor(mask_function(batch, head, r, k), device=rows.device).expand(r.shape)
+        expected = (k >= first) & (k <= r)
+        if window is not None:
+            expected &= k > r - window
+        if not torch.equal(seen, expected):
+            return False
+    return True
+
+
+def _packed(mask_function: Any, length: int, window: int | None, device: Any) -> Tensor | None:
+    """`cu_seqlens` of the packed sequences that the mask tells apart; None if it is another mask."""
+    rows = torch.arange(length, device=device)
+    zero = torch.tensor(0, device=device)
+    sees_previous = torch.as_tensor(mask_function(zero, zero, rows[1:], rows[:-1]), device=device)
+    firsts = torch.cat([rows[:1], rows[1:][~sees_previous.expand(length - 1)]])
+    row_starts = firsts[torch.searchsorted(firsts, rows, right=True) - 1]
+    if not _agrees(mask_function, 0, rows, row_starts, 0, length, window):
+        return None
+    return torch.cat([firsts, firsts.new_tensor([length])]).to(torch.int32)
 
 
 def _mask(
@@ -149,14 +197,15 @@ def _mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     cache_position: Tensor | None = None,
+    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     device: torch.device | None = None,
     **_: Any,
-) -> Tensor | None:
-    """The mask as int32 `(B, 1)` lengths, or `(B, 2)` lengths and starts if padded on the left; None if whole.
+) -> Bounds | None:
+    """The mask as `Bounds`; None if it is plainly causal.
 
-    A mask that is not causal with padding at the ends of the samples becomes `(B, 0)`, which the attention refuses:
-    models make masks for kinds of layers that they may not have.
+    A mask that the kernels cannot make gives bounds that are not `served`, which the attention refuses: models make
+    masks for kinds of layers that they may not have.
     """
     if cache_position is not None:  # transformers before 5.4 gives the query positions instead
         q_length, q_offset, device = len(cache_position), int(cache_position[0]), cache_position.device
@@ -167,27 +216,42 @@ def _mask(
             f"the cache holds {kv_length} keys for queries that end at {q_offset + q_length}: the 'abft' attention "
             "aligns the last query with the last key; use the default DynamicCache"
         )
-    bounds = None
+    bounds = Bounds(dropped=int(kv_offset))
     ends = [kv_offset + kv_length] * batch_size
-    starts = [0] * batch_size  # a cache that has dropped keys is a sliding window
+    starts = [kv_offset] * batch_size
     if attention_mask is not None and not attention_mask.all():
-        bounds, device = _padding(attention_mask, kv_length), attention_mask.device
-        if mask_function is not causal_mask_function:
-            starts = [kv_offset + int(start) for start in bounds[:, 1]]
-            ends = [start + int(length) for start, length in zip(starts, bounds[:, 0], strict=True)]
+        padding, device = _padding(attention_mask, kv_length), attention_mask.device
+        bounds = bounds._replace(seq_lens=padding[:, 0].contiguous())
+        if padding[:, 1].any():
+            bounds = bounds._replace(seq_starts=padding[:, 1].contiguous())
+        starts = [kv_offset + int(start) for start in padding[:, 1]]
+        ends = [start + int(length) for start, length in zip(starts, padding[:, 0], strict=True)]
     if mask_function is not causal_mask_function:
-        for sample, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            try:
-                plain = _is_plain_causal(mask_function, sample, int(q_offset), start, end, device)
-            except (IndexError, RuntimeError) as error:
-                raise NotImplementedError(f"the 'abft' attention cannot read this model's mask: {error}") from error
-            if not plain:
-                return torch.empty((batch_size, 0), dtype=torch.int32, device=device)
-    if bounds is None:
-        if allow_is_causal_skip:
-            return None
-        return torch.full((batch_size, 1), kv_length, dtype=torch.int32, device=device)
-    return bounds if bounds[:, 1].any() else bounds[:, :1]
+        windows = (None,) if local_size is None or local_size >= kv_length + kv_offset else (None, local_size)
+
+        def agrees(window: int | None) -> bool:
+            return all(
+                _agrees(
+                    mask_function, sample, torch.arange(max(int(q_offset), start), end, device=device), start, start,
+                    end, window,
+                )
+                for sample, (start, end) in enumerate(zip(starts, ends, strict=True))
+            )  # fmt: skip
+
+        try:
+            window = next((window for window in windows if agrees(window)), -1)
+            if window != -1:
+                bounds = bounds._replace(window=window)
+            elif batch_size == 1 and bounds.seq_lens is None and q_length == kv_length > 1:
+                packings = ((_packed(mask_function, kv_length, window, device), window) for window in windows)
+                cu_seqlens, window = next((found for found in packings if found[0] is not None), (None, None))
+                bounds = bounds._replace(cu_seqlens=cu_seqlens, window=window, served=cu_seqlens is not None)
+            else:
+                bounds = bounds._replace(served=False)
+        except (IndexError, RuntimeError) as error:
+            raise NotImplementedError(f"the 'abft' attention cannot read this model's mask: {error}") from error
+    plain = bounds.served and not bounds.dropped and all(value is None for value in bounds[:4])
+    return None if plain and allow_is_causal_skip else bounds
 
 
 def _padding(attention_mask: Tensor, kv_length: int) -> Tensor:
@@ -272,6 +336,7 @@ def attention_mass(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     query_positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     num_groups: int = 2,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
@@ -284,16 +349,18 @@ def attention_mass(
         attention_mask: `(B, N)`, 1 for tokens; padding on either side.
         position_ids: `(B, N)`; counted from each sample's first token if None and padded.
         query_positions: `(B, R)` indices of the rows wanted; None for all N.
+        cu_seqlens: bounds `(S + 1,)` of S prompts packed one behind the other in a batch of one, from 0 to N; in place
+            of `attention_mask`. Then `query_positions` is `(S, R)`, positions in the packed order, and so are masses.
         num_groups: G.
         kwargs: handed to `model(...)`.
 
     Raises:
-        ValueError: the model runs on another attention.
+        ValueError: the model runs on another attention, or its checkpointing loses the masses' gradients.
         NotImplementedError: a layer's attention does not come through the interface.
     """
     outputs = forward_with_mass(
         model, input_ids=input_ids, key_groups=key_groups, attention_mask=attention_mask, position_ids=position_ids,
-        query_positions=query_positions, num_key_groups=num_groups, **kwargs,
+        query_positions=query_positions, cu_seqlens=cu_seqlens, num_key_groups=num_groups, **kwargs,
     )  # fmt: skip
     return outputs.attentions
 
@@ -306,6 +373,7 @@ def forward_with_mass(
     attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
     query_positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
     """`model(...)` with `outputs.attentions` holding the masses of every layer; logits of one position only."""
@@ -316,10 +384,15 @@ def forward_with_mass(
             "call abft.enable(model) first"
         )
     _check_architecture(inner)  # the name can also be set while loading
-    if position_ids is None and attention_mask is not None:
+    _check_checkpointing(inner)
+    if cu_seqlens is not None:
+        position_ids = _packed_positions(cu_seqlens, input_ids, attention_mask)
+    elif position_ids is None and attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     num_key_groups = kwargs.pop("num_key_groups", 2)
     asked = {"key_groups": key_groups, "num_key_groups": num_key_groups, "query_positions": query_positions}
+    if cu_seqlens is not None:
+        asked["cu_seq_lens_q"] = cu_seqlens.to(torch.int32)
     kwargs = {"output_attentions": True, "use_cache": False, "logits_to_keep": 1, **kwargs}
     hook = None
     if not _HEADS_PASS_ARGUMENTS:
@@ -343,6 +416,33 @@ def forward_with_mass(
             "through transformers' AttentionInterface"
         )
     return outputs
+
+
+def _packed_positions(cu_seqlens: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Positions `(1, N)` of the tokens in their own sequences."""
+    if attention_mask is not None:
+        raise ValueError("cu_seqlens and attention_mask exclude each other: packed prompts have no padding")
+    if input_ids.shape[0] != 1 or int(cu_seqlens[-1]) != input_ids.shape[1]:
+        raise ValueError(
+            f"cu_seqlens ends at {int(cu_seqlens[-1])}; input_ids must be one packed row of as many tokens, got shape "
+            f"{tuple(input_ids.shape)}"
+        )
+    lengths = cu_seqlens.diff().long()
+    tokens = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return (tokens - cu_seqlens[:-1].long().repeat_interleave(lengths))[None]
+
+
+def _check_checkpointing(inner: PreTrainedModel) -> None:
+    if not (inner.training and torch.is_grad_enabled()):
+        return
+    for module in inner.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "reentrant gradient checkpointing loses the gradients of the masses; call "
+                'model.gradient_checkpointing_enable({"use_reentrant": False}), or pass '
+                'gradient_checkpointing_kwargs={"use_reentrant": False} to the trainer'
+            )
 
 
 def _adding(arguments: dict[str, Any]) -> Any:

@@ -4,8 +4,8 @@
     python -m bench.derive --measure --write               on a GPU: the fastest of those, for its architecture alone
 
 A candidate must compile without register spills in the forms of `FORMS`, at 2 groups and, for the entries that serve
-more, at 16; those of `FEATURES` may spill outside of their main loops alone. `--measure` times the passing candidates through the public operators, all other kernels of the table as
-they are.
+more, at 16; those of `FEATURES` may spill outside of their main loops alone. `--measure` times the passing candidates
+through the public operators, all other kernels of the table as they are.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The Hugging Face adapter against eager attention: logits, masses, gradients; and what it must refuse."""
 
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from tiny_models import CONFIGS, padded, random_prompts, tiny
+from tiny_models import CONFIGS, packed, padded, random_prompts, tiny
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import abft.attention as adapter
@@ -20,23 +21,35 @@ TRITON_RUNS = INTERPRETED or torch.cuda.is_available()
 OLD = Version(transformers.__version__) < Version("5.3")
 LENGTHS = (20, 13, 17)
 KINDS = [
-    "llama", "qwen2", "gpt2", "qwen3", "mistral", "phi3", "gpt_neox",
+    "llama", "qwen2", "gpt2", "qwen3", "mistral", "phi3", "gpt_neox", "mistral_window", "qwen3_moe", "gemma2", "gemma3",
+    "olmo2", "cohere", "glm4", "granite", "starcoder2", "smollm3", "gpt_oss", "deepseek_v3",
     pytest.param("opt", marks=pytest.mark.skipif(OLD, reason="OPT makes a mask of its own before transformers 5.3")),
 ]  # fmt: skip
 
 
 def batch_of(side: str, seed: int = 0) -> dict[str, torch.Tensor]:
     prompts, groups = random_prompts((20, 20) if side == "none" else LENGTHS, seed)
-    return padded(prompts, groups, side)
+    return packed(prompts, groups) if side == "packed" else padded(prompts, groups, side)
 
 
 def positions(batch):
+    if "cu_seqlens" in batch:
+        return torch.cat([torch.arange(n) for n in batch["cu_seqlens"].diff().tolist()])[None]
     return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+
+def last_rows(batch, x):
+    """Of `(B, H, N, …)` the last row of each prompt, `(prompts, H, 1, …)`."""
+    rows = batch["query_positions"]
+    if "cu_seqlens" in batch:
+        return x[0][:, rows].movedim(1, 0)
+    return x.take_along_dim(rows[:, None, :, None], dim=2)
 
 
 def query_key(model):
     """The parameters that hold W_Q and W_K, v too where the three are one."""
-    names = ("q_proj.weight", "k_proj.weight", "c_attn.weight", "qkv_proj.weight", "query_key_value.weight")
+    names = ("q_proj.weight", "k_proj.weight", "c_attn.weight", "qkv_proj.weight", "query_key_value.weight", "sinks",
+             "q_a_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight", "kv_b_proj.weight")  # fmt: skip
     return {name: parameter for name, parameter in model.named_parameters() if name.endswith(names)}
 
 
@@ -44,15 +57,12 @@ def eager_masses(attentions, batch, all_rows=False):
     groups = batch["key_groups"]
     indicator = torch.stack([(groups == g).float() for g in (0, 1)], dim=-1)
     masses = [probabilities @ indicator[:, None] for probabilities in attentions]
-    if all_rows:
-        return masses
-    rows = batch["query_positions"][:, None, :, None]
-    return [mass.take_along_dim(rows, dim=2) for mass in masses]
+    return masses if all_rows else [last_rows(batch, mass) for mass in masses]
 
 
 def loss_of(logits, masses, batch):
     """Cross-entropy at the last tokens and both masses, all weighted differently."""
-    last = logits[torch.arange(len(logits)), batch["query_positions"][:, 0]]
+    last = last_rows(batch, logits[:, None])[:, 0, 0]
     loss = torch.nn.functional.cross_entropy(last, torch.arange(len(last)) + 5)
     for layer, mass in enumerate(masses):
         weights = torch.linspace(-1, 2, mass[0].numel()).view(mass.shape[1:])
@@ -64,13 +74,15 @@ def run(model, batch, attention, **options):
     """Logits, masses and gradients of a loss on both, by eager attention or by the adapter."""
     model.set_attn_implementation(attention)
     model.zero_grad()
-    arguments = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    arguments = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
     if attention == "eager":
-        outputs = model(**arguments, position_ids=positions(batch), output_attentions=True)
+        # With a cache transformers does not look for packed sequences.
+        outputs = model(**arguments, position_ids=positions(batch), output_attentions=True, use_cache=False)
         masses = eager_masses(outputs.attentions, batch)
     else:
-        options = {"query_positions": batch["query_positions"], **options}
-        outputs = forward_with_mass(model, **arguments, key_groups=batch["key_groups"], logits_to_keep=0, **options)
+        options = {name: batch[name] for name in ("query_positions", "cu_seqlens") if name in batch} | options
+        arguments = {"attention_mask": None, **arguments, **options}
+        outputs = forward_with_mass(model, **arguments, key_groups=batch["key_groups"], logits_to_keep=0)
         masses = outputs.attentions
     loss_of(outputs.logits, masses, batch).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in query_key(model).items()}
@@ -85,7 +97,7 @@ def assert_equal(got, want, batch, tolerance=1e-5):
         assert a.shape == b.shape, what
         assert error < tolerance, f"{what}: {error:.1e}"
 
-    real = batch["attention_mask"].bool()
+    real = batch["attention_mask"].bool() if "attention_mask" in batch else slice(None)
     close(got[0][real], want[0][real], "logits")
     for layer, (a, b) in enumerate(zip(got[1], want[1], strict=True)):
         close(a, b, f"mass of layer {layer}")
@@ -98,10 +110,19 @@ def assert_equal(got, want, batch, tolerance=1e-5):
 # --- parity -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("side", ["none", "left", "right", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_eager(kind, side):
     model, batch = tiny(kind), batch_of(side)
+    if side == "packed" and kind in ("gpt_oss", "opt"):
+        # transformers' eager attention lets their packed prompts see one another: the mask is not told of positions.
+        together = run(model, batch, "abft")
+        prompts, groups = random_prompts(LENGTHS)
+        single = [run(model, packed([p], [g]), "eager") for p, g in zip(prompts, groups, strict=True)]
+        torch.testing.assert_close(together[0], torch.cat([s[0] for s in single], dim=1), atol=1e-5, rtol=1e-5)
+        for layer, mass in enumerate(together[1]):
+            torch.testing.assert_close(mass, torch.cat([s[1][layer] for s in single]), atol=1e-5, rtol=1e-5)
+        return
     want = run(model, batch, "eager")
     assert want[1][0].std() > 0.02, "attention too uniform to tell keys apart"
     assert_equal(run(model, batch, "abft"), want, batch)
@@ -185,6 +206,30 @@ def test_masses_follow_their_keys():
     torch.testing.assert_close(mass, probabilities[..., [4, 11]], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_prompts_equal_single_ones(kind):
+    model = enable(tiny(kind))
+    prompts, groups = random_prompts(LENGTHS)
+    together = torch.stack(attention_mass(model, **packed(prompts, groups)))
+    single = [torch.stack(attention_mass(model, **packed([p], [g]))) for p, g in zip(prompts, groups, strict=True)]
+    torch.testing.assert_close(together, torch.cat(single, dim=1), atol=1e-6, rtol=1e-5)
+
+
+def test_packing_as_transformers_collators_tell_it():
+    """By position_ids alone, and with flash attention's arguments beside them; the rows counted over the packed row."""
+    model, batch = enable(tiny("llama")), batch_of("packed")
+    want = attention_mass(model, **batch)
+    bounds = batch.pop("cu_seqlens").to(torch.int32)
+    flash = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 20, "max_length_k": 20}
+    for arguments in ({}, flash):
+        for a, b in zip(
+            attention_mass(model, **batch, position_ids=positions({"cu_seqlens": bounds}), **arguments),
+            want,
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_gradient_checkpointing(kind):
     model, batch = tiny(kind), batch_of("left")
@@ -255,7 +300,7 @@ def test_without_groups_it_is_plain_attention(kind, side):
     torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "mistral_window", "gemma2", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("side", ["none", "left"])
 def test_generate_with_a_cache(kind, side):
     model, batch = tiny(kind, spread=0.3), batch_of(side)
@@ -347,23 +392,10 @@ def mass_of(model, batch=None, **options: Any):
 NOT_CAUSAL = "serves causal masks with padding"
 
 
-@pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_refuses_a_window_shorter_than_the_input(side):
-    model = enable(tiny("mistral", sliding_window=8))
-    batch = batch_of(side)
-    with pytest.raises(NotImplementedError, match=r"sliding window|causal masks with padding"):
-        mass_of(model, batch)
-    with pytest.raises(NotImplementedError, match=r"sliding window|causal masks with padding"):
-        model(batch["input_ids"], attention_mask=batch["attention_mask"])
-
-
-def test_window_as_long_as_the_input_is_served_and_one_less_is_not():
-    batch = batch_of("none")
-    model = tiny("mistral", sliding_window=20)
-    want = run(model, batch, "eager")
-    assert_equal(run(model, batch, "abft"), want, batch)
-    with pytest.raises(NotImplementedError, match="sliding window"):
-        mass_of(enable(tiny("mistral", sliding_window=19)), batch)
+def test_a_window_that_the_mask_lacks_is_refused():
+    """Which of the two is right cannot be told: transformers' own kernels differ."""
+    with pytest.raises(NotImplementedError, match="a sliding window of 5 tokens over 6 keys that its mask lacks"):
+        adapter._attention_forward(**forward_arguments(sliding_window=5))
 
 
 def make(name: str, **changes: Any):
@@ -376,18 +408,6 @@ def make(name: str, **changes: Any):
 LLAMA = CONFIGS["llama"][1]
 
 
-def test_refuses_soft_capping():
-    model = enable(make("Gemma2Config", **{**LLAMA, "head_dim": 8}))
-    with pytest.raises(NotImplementedError, match="Gemma2Attention uses logit soft-capping"):
-        mass_of(model)
-
-
-def test_refuses_sinks():
-    model = enable(make("GptOssConfig", **{**LLAMA, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}))
-    with pytest.raises(NotImplementedError, match="GptOssAttention uses attention sinks"):
-        mass_of(model)
-
-
 def test_refuses_hybrid_models():
     changes = {
         **LLAMA, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "num_experts": 2,
@@ -396,17 +416,6 @@ def test_refuses_hybrid_models():
     }  # fmt: skip
     model = enable(make("Qwen3NextConfig", **changes))
     with pytest.raises(NotImplementedError, match="gave a mass for 1 of 2 layers"):
-        mass_of(model)
-
-
-def test_refuses_values_of_another_width():
-    changes = {
-        **LLAMA, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8, "first_k_dense_replace": 2, "n_routed_experts": 2,
-        "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1,
-    }  # fmt: skip
-    model = enable(make("DeepseekV3Config", **changes))
-    with pytest.raises(NotImplementedError, match="values of head_dim 8 beside keys of 16"):
         mass_of(model)
 
 
@@ -469,13 +478,29 @@ def test_refuses_bidirectional_models():
             mass_of(model, batch_of(side), position_ids=None)
 
 
-def test_refuses_packed_sequences():
-    model, batch = enable(tiny("llama")), batch_of("none")
-    packed = torch.cat([torch.arange(12), torch.arange(8)]).expand(2, -1)
-    with pytest.raises(NotImplementedError, match="packed sequences told by position_ids"):
-        mass_of(model, batch, attention_mask=None, position_ids=packed)
-    with pytest.raises(NotImplementedError, match="packed sequences"):
+def test_refuses_what_packing_excludes():
+    model, batch = enable(tiny("llama")), batch_of("packed")
+    with pytest.raises(ValueError, match="cu_seqlens and attention_mask exclude each other"):
+        mass_of(model, batch, attention_mask=torch.ones(1, 50))
+    with pytest.raises(ValueError, match="cu_seqlens ends at 50; input_ids must be one packed row"):
+        mass_of(model, {**batch, "input_ids": batch["input_ids"][:, 1:]})
+    with pytest.raises(ValueError, match=r"row_positions must have shape \(batch=3, rows\)"):
+        mass_of(model, {**batch, "query_positions": batch["query_positions"][:2]})
+    several = torch.cat([torch.arange(12), torch.arange(8)]).expand(2, -1)
+    with pytest.raises(NotImplementedError, match="several samples packed by position_ids"):
+        mass_of(model, batch_of("none"), attention_mask=None, position_ids=several)
+    batch = batch_of("left")
+    with pytest.raises(ValueError, match="cu_seq_lens_q and an attention_mask with padding exclude each other"):
         mass_of(model, batch, cu_seq_lens_q=torch.tensor([0, 12, 20]))
+
+
+def test_refuses_reentrant_checkpointing():
+    model = enable(tiny("llama")).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="reentrant gradient checkpointing loses the gradients of the masses"):
+        mass_of(model)
+    with torch.no_grad():
+        mass_of(model)
 
 
 @pytest.mark.parametrize("hole", [5, 18])
@@ -535,19 +560,15 @@ def forward_arguments(**changes):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"s_aux": torch.zeros(2)}, "attention sinks"),
-        ({"sinks": torch.zeros(2)}, "attention sinks"),
         ({"alibi": torch.zeros(2, 1, 6)}, "additive position bias"),
         ({"position_bias": torch.zeros(2, 6, 6)}, "additive position bias"),
         ({"head_mask": torch.ones(2)}, "a head mask"),
         ({"indices": torch.zeros(1, 6, 2)}, "a choice of keys"),
         ({"relative_bias": torch.zeros(2, 6, 6)}, "argument 'relative_bias' that is not known"),
-        ({"softcap": 30.0}, "soft-capping"),
-        ({"sliding_window": 5}, "a sliding window of 5 tokens over 6 keys"),
         ({"is_causal": False}, "bidirectional or cross attention"),
+        ({"attention_mask": adapter.Bounds(served=False)}, "serves causal masks with padding"),
         ({"attention_mask": torch.zeros(1, 6, dtype=torch.int32)}, "an attention mask of its own"),
         ({"attention_mask": torch.ones(1, 1)}, "an attention mask of its own"),
-        ({"value": torch.randn(1, 2, 6, 4)}, "values of head_dim 4 beside keys of 8"),
     ],
 )
 def test_attention_refuses_arguments_that_change_the_scores(changes, match):
@@ -577,7 +598,8 @@ def test_scales_of_gpt2_are_served_or_refused(change):
 
 
 def test_bounds_stand_for_a_causal_mask_whatever_the_module_says():
-    arguments = forward_arguments(attention_mask=torch.tensor([[6]], dtype=torch.int32), is_causal=False)
+    bounds = adapter.Bounds(seq_lens=torch.tensor([6], dtype=torch.int32))
+    arguments = forward_arguments(attention_mask=bounds, is_causal=False)
     mass = adapter._attention_forward(**arguments)[1]
     want = adapter._attention_forward(**forward_arguments(**{k: arguments[k] for k in ("query", "key", "value")}))[1]
     assert torch.equal(mass, want)
@@ -610,11 +632,44 @@ def test_mask_functions_that_are_not_causal_are_seen_through(name, padding):
     result = adapter._mask(2, 12, mask_function=MASKS[name], attention_mask=mask, q_length=12)
     if name == "causal":
         assert (result is None) != padding
-        assert not padding or result.tolist() == [[12], [9]]
+        assert not padding or result.seq_lens.tolist() == [12, 9]
         return
-    assert result.shape == (2, 0)
+    assert not result.served
     with pytest.raises(NotImplementedError, match=NOT_CAUSAL):
         adapter._attention_forward(**forward_arguments(attention_mask=result))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_windows_are_told_from_what_is_none(name):
+    """transformers names a local size for windows and for chunks."""
+    result = adapter._mask(2, 12, mask_function=MASKS[name], q_length=12, local_size=5)
+    if name == "causal":
+        assert result is None
+    elif name == "window":
+        assert result == adapter.Bounds(window=5)
+    else:
+        assert not result.served
+    assert adapter._mask(2, 12, mask_function=MASKS["window of 11"], q_length=12, local_size=11).window == 11
+
+
+def packing(bounds, window=99):
+    of = torch.tensor([s for s, (a, b) in enumerate(itertools.pairwise(bounds)) for _ in range(a, b)])
+    return lambda b, h, q, k: (k <= q) & (of[q] == of[k]) & (k > q - window)
+
+
+def test_packed_sequences_are_read_from_the_mask():
+    bounds = [0, 4, 5, 12]
+    result = adapter._mask(1, 12, mask_function=packing(bounds), q_length=12)
+    assert result.served
+    assert result.cu_seqlens.tolist() == bounds
+    result = adapter._mask(1, 12, mask_function=packing(bounds, window=3), q_length=12, local_size=3)
+    assert (result.window, result.cu_seqlens.tolist()) == (3, bounds)
+    for strange in (
+        lambda b, h, q, k: packing(bounds)(b, h, q, k) | ((k == 0) & (q == 8)),
+        lambda b, h, q, k: packing(bounds)(b, h, q, k) & ~((q == 11) & (k == 7)),
+    ):
+        assert not adapter._mask(1, 12, mask_function=strange, q_length=12).served
+    assert not adapter._mask(2, 12, mask_function=packing(bounds), q_length=12).served
 
 
 def test_chunks_that_end_in_the_padding_are_no_matter():
@@ -625,7 +680,8 @@ def test_chunks_that_end_in_the_padding_are_no_matter():
 
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[1, :4] = False
-    assert adapter._mask(2, 12, mask_function=chunks, attention_mask=mask, q_length=12).tolist() == [[12, 0], [8, 4]]
+    bounds = adapter._mask(2, 12, mask_function=chunks, attention_mask=mask, q_length=12)
+    assert (bounds.seq_lens.tolist(), bounds.seq_starts.tolist()) == ([12, 8], [0, 4])
 
 
 def test_mask_by_cache_position_as_older_releases_give_it():
@@ -633,16 +689,17 @@ def test_mask_by_cache_position_as_older_releases_give_it():
     mask[0, :2] = False
     new = adapter._mask(1, 12, attention_mask=mask, q_length=3, q_offset=9)
     old = adapter._mask(1, 12, attention_mask=mask, cache_position=torch.arange(9, 12))
-    assert new.tolist() == old.tolist() == [[10, 2]]
+    assert [x.tolist() for x in new[:2]] == [x.tolist() for x in old[:2]] == [[10], [2]]
     with pytest.raises(TypeError, match="neither q_length nor cache_position"):
         adapter._mask(1, 12)
 
 
 def test_mask_that_may_not_be_skipped_is_not_skipped():
-    assert adapter._mask(2, 6, q_length=6, allow_is_causal_skip=False).tolist() == [[6], [6]]
+    assert adapter._mask(2, 6, q_length=6) is None
+    assert adapter._mask(2, 6, q_length=6, allow_is_causal_skip=False) == adapter.Bounds()
 
 
 def test_sample_without_tokens():
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1] = False
-    assert adapter._mask(2, 6, attention_mask=mask, q_length=6).tolist() == [[6], [0]]
+    assert adapter._mask(2, 6, attention_mask=mask, q_length=6).seq_lens.tolist() == [6, 0]

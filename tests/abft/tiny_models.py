@@ -18,6 +18,9 @@ _GPT2: dict[str, Any] = dict(
     vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2,
     attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
 )  # fmt: skip
+_MOE: dict[str, Any] = dict(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1, norm_topk_prob=True
+)
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _LLAMA),
     "qwen2": ("Qwen2Config", _LLAMA),
@@ -29,6 +32,24 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.0,
         max_position_embeddings=128, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )),
+    "mistral_window": ("MistralConfig", {**_LLAMA, "sliding_window": 6}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_LLAMA, **_MOE, "head_dim": 8}),
+    "gemma2": ("Gemma2Config", {**_LLAMA, "head_dim": 8, "sliding_window": 6, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3TextConfig", {**_LLAMA, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8,
+                                    "layer_types": ["sliding_attention", "full_attention"]}),
+    "olmo2": ("Olmo2Config", _LLAMA),
+    "cohere": ("CohereConfig", _LLAMA),
+    "glm4": ("Glm4Config", {**_LLAMA, "head_dim": 8}),
+    "granite": ("GraniteConfig", {**_LLAMA, "attention_multiplier": 0.3}),
+    "starcoder2": ("Starcoder2Config", {**_LLAMA, "sliding_window": 6, "residual_dropout": 0.0}),
+    "smollm3": ("SmolLM3Config", {**_LLAMA, "no_rope_layers": [1, 0]}),
+    "gpt_oss": ("GptOssConfig", {**_LLAMA, "head_dim": 8, "sliding_window": 6, "num_local_experts": 2,
+                                 "num_experts_per_tok": 1}),
+    "deepseek_v3": ("DeepseekV3Config", {
+        **_LLAMA, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 12, "head_dim": 8, "first_k_dense_replace": 2, "n_routed_experts": 2,
+        "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1,
+    }),
     "gpt_neox": ("GPTNeoXConfig", dict(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
@@ -36,7 +57,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def tiny(kind: str, *, seed: int = 0, attention: str = "sdpa", spread: float = 0.15, **changes: Any) -> PreTrainedModel:
+# transformers computes soft caps and sinks in its eager attention only.
+_EAGER = ("gemma2", "gpt_oss")
+
+
+def tiny(
+    kind: str, *, seed: int = 0, attention: str | None = None, spread: float = 0.15, **changes: Any
+) -> PreTrainedModel:
     """A random causal language model of two layers, in float32 and evaluation mode.
 
     `spread` is the standard deviation of its matrices, large enough for attention that is not uniform.
@@ -44,6 +71,7 @@ def tiny(kind: str, *, seed: int = 0, attention: str = "sdpa", spread: float = 0
     name, arguments = CONFIGS[kind]
     config = getattr(transformers, name)(**{**arguments, **changes})
     torch.manual_seed(seed)
+    attention = attention or ("eager" if kind in _EAGER else "sdpa")
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -78,3 +106,14 @@ def random_prompts(lengths: tuple[int, ...], seed: int = 0) -> tuple[list[Tensor
     prompts = [torch.randint(3, VOCABULARY, (n,), generator=generator) for n in lengths]
     groups = [torch.randint(-1, 2, (n,), generator=generator) for n in lengths]
     return prompts, groups
+
+
+def packed(prompts: list[Tensor], groups: list[Tensor]) -> dict[str, Tensor]:
+    """The prompts one behind the other in a batch of one."""
+    cu_seqlens = torch.tensor([0, *(len(prompt) for prompt in prompts)]).cumsum(0)
+    return {
+        "input_ids": torch.cat(prompts)[None],
+        "cu_seqlens": cu_seqlens,
+        "key_groups": torch.cat(groups)[None],
+        "query_positions": cu_seqlens[1:, None] - 1,
+    }
