@@ -8,10 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from abft.attention import attention_mass, enable, is_enabled
+    from abft.attention import enable, is_enabled
     from abft.data import Example, load_examples, split_examples
     from abft.evaluation import Evaluation, evaluate
     from abft.losses import HeadCountController, abft_loss
+    from abft.masses import attention_mass, layer_masses
     from abft.prompts import Prompt, PromptBuilder, PromptCollator, sample_prompts
     from abft.statistics import HeadStatistics, head_statistics
     from abft.tasks import TASKS, Task, Template, get_task
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from abft_kernels import __version__
 
 _MODULES = {
-    "abft.attention": ("attention_mass", "enable", "is_enabled"),
+    "abft.attention": ("enable", "is_enabled"),
     "abft.data": ("Example", "load_examples", "split_examples"),
     "abft.evaluation": ("Evaluation", "evaluate"),
     "abft.losses": ("HeadCountController", "abft_loss"),
+    "abft.masses": ("attention_mass", "layer_masses"),
     "abft.prompts": ("Prompt", "PromptBuilder", "PromptCollator", "sample_prompts"),
     "abft.statistics": ("HeadStatistics", "head_statistics"),
     "abft.tasks": ("TASKS", "Task", "Template", "get_task"),
@@ -55,6 +57,7 @@ __all__ = [
     "get_task",
     "head_statistics",
     "is_enabled",
+    "layer_masses",
     "load_examples",
     "load_trained",
     "sample_prompts",

@@ -8,23 +8,23 @@ of `model(...)` reach the attention function, and what it returns as weights com
     outputs = model(input_ids, attention_mask=…, key_groups=…, query_positions=…, output_attentions=True)
     outputs.attentions[layer]          # mass (B, H, R, G), differentiable
 
-This is the only file that knows transformers' internals.
+A `MassCollector` passed as `mass_collector` takes the masses as they come instead (see `abft.masses`). This is the only
+file that knows transformers' internals.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from abft_kernels import attention, mass_attention
+from abft_kernels import attention, gather_rows, mass_attention, row_mass
 
-__all__ = ["ATTENTION", "attention_mass", "enable", "is_enabled"]
+__all__ = ["ATTENTION", "Bounds", "MassCollector", "StopForward", "enable", "is_enabled"]
 
 ATTENTION = "abft"
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -45,15 +45,45 @@ _HARMLESS = {"position_ids", "cache_position", "position_embeddings", "num_items
 # What the kernels compute.
 _SERVED = {"s_aux", "sinks", "cu_seq_lens_q"}
 
-# Before 5.3 some language-model heads (GPT-2's) do not hand unknown arguments down to the decoder.
-_HEADS_PASS_ARGUMENTS = Version(transformers.__version__) >= Version("5.3")
-
 
 def _unsupported(module: nn.Module, what: str) -> NotImplementedError:
     return NotImplementedError(
         f"{type(module).__name__} uses {what}, which the 'abft' attention does not compute; "
         "use attn_implementation='sdpa' or 'eager' for this model"
     )
+
+
+class StopForward(Exception):
+    """Ends a forward pass at the last layer's scores: nothing behind them is wanted."""
+
+
+class MassCollector:
+    """Takes the masses of a forward pass, layer by layer, in place of `outputs.attentions`.
+
+    Args:
+        num_layers: attention layers of the model.
+        stop: raise `StopForward` at the last layer's mass, before its attention output.
+        detach: attention outputs carry no gradient, so that each mass reaches its own layer's W_Q and W_K alone.
+        on_mass: called with each mass as it comes; what it returns is kept in the mass's place.
+    """
+
+    def __init__(
+        self, num_layers: int, *, stop: bool = False, detach: bool = False, on_mass: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        self.num_layers, self.stop, self.detach, self.on_mass = num_layers, stop, detach, on_mass
+        self.masses: list[Tensor] = []
+        self.closed = False  # layers that checkpointing runs again in the backward pass add nothing
+        self._last: nn.Module | None = None
+
+    def is_last(self, module: nn.Module) -> bool:
+        """Whether `module` is the last layer's attention, in the forward pass and when it is run again."""
+        if not self.closed and len(self.masses) == self.num_layers - 1:
+            self._last = module
+        return module is self._last
+
+    def add(self, mass: Tensor) -> None:
+        if not self.closed:
+            self.masses.append(mass if self.on_mass is None else self.on_mass(mass))
 
 
 class Bounds(NamedTuple):
@@ -102,9 +132,10 @@ def _attention_forward(
     num_key_groups: int = 2,
     query_positions: Tensor | None = None,
     attention_backend: str = "auto",
+    mass_collector: MassCollector | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output `(B, N, H, D)` and mass `(B, H, R, G)`; without `key_groups` plain attention and None."""
+    """Output `(B, N, H, D)` and mass `(B, H, R, G)`; without `key_groups`, or with a collector, None for the mass."""
     for name, argument in kwargs.items():
         if argument is not None and name in _UNSUPPORTED:
             raise _unsupported(module, _UNSUPPORTED[name])
@@ -134,8 +165,41 @@ def _attention_forward(
         query_positions = None if query_positions is None else query_positions - bounds.dropped
     if query_positions is not None and query_positions.shape[1] == query.shape[2] == 1:
         query_positions = None  # decoding: the only row there is
+    if mass_collector is not None:
+        last = mass_collector.is_last(module)
+        out = _collected(mass_collector, last, query, key, value, key_groups, num_key_groups, query_positions, shared)
+        return out, None
     out, mass = mass_attention(query, key, value, key_groups, num_key_groups, row_positions=query_positions, **shared)
     return out.transpose(1, 2).contiguous(), mass
+
+
+def _collected(
+    collector: MassCollector, last: bool, query: Tensor, key: Tensor, value: Tensor, key_groups: Tensor,
+    num_key_groups: int, query_positions: Tensor | None, shared: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Hands the mass to the collector; the attention output `(B, N, H, D)`, made only where something follows it."""
+    if last or collector.detach:
+        alone: dict[str, Any] = {name: value for name, value in shared.items() if name != "dropout_p"}
+        rows = query
+        if query_positions is not None:
+            first = key.shape[2] - query.shape[2]
+            rows = gather_rows(query, query_positions, first)
+            alone["row_positions"] = query_positions
+        mass = row_mass(rows, key, key_groups, num_key_groups, **alone)
+        assert isinstance(mass, Tensor)
+        collector.add(mass)
+        if last and collector.stop:
+            raise StopForward
+        if last:
+            out = query.new_zeros(*query.shape[:3], value.shape[-1])  # nothing that depends on it is used
+        else:
+            out = attention(query.detach(), key.detach(), value.detach(), **shared)
+    else:
+        out, mass = mass_attention(
+            query, key, value, key_groups, num_key_groups, row_positions=query_positions, **shared
+        )
+        collector.add(mass)
+    return out.transpose(1, 2).contiguous()
 
 
 _NOT_PLAIN = (
@@ -279,7 +343,7 @@ AttentionInterface.register(ATTENTION, _attention_forward)
 AttentionMaskInterface.register(ATTENTION, _mask)
 
 
-def _transformer(model: nn.Module) -> PreTrainedModel:
+def transformer_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT, DDP or compiled wrapper."""
     inner: Any = model
     for _ in range(8):
@@ -297,7 +361,7 @@ def _transformer(model: nn.Module) -> PreTrainedModel:
 
 def is_enabled(model: nn.Module) -> bool:
     """Whether `model` runs on the `"abft"` attention."""
-    return _transformer(model).config.get_text_config()._attn_implementation == ATTENTION
+    return transformer_of(model).config.get_text_config()._attn_implementation == ATTENTION
 
 
 def enable(model: _Model) -> _Model:
@@ -309,15 +373,15 @@ def enable(model: _Model) -> _Model:
     Raises:
         NotImplementedError: the model is no causal decoder that uses transformers' attention interface.
     """
-    inner = _transformer(model)
-    _check_architecture(inner)
+    inner = transformer_of(model)
+    check_architecture(inner)
     inner.set_attn_implementation(ATTENTION)
     if not is_enabled(inner):
         raise NotImplementedError(f"{type(inner).__name__} did not take attn_implementation={ATTENTION!r}")
     return model
 
 
-def _check_architecture(inner: PreTrainedModel) -> None:
+def check_architecture(inner: PreTrainedModel) -> None:
     name = type(inner).__name__
     if inner.config.is_encoder_decoder:
         raise NotImplementedError(f"{name} is an encoder-decoder; attention masses are for causal decoders")
@@ -326,124 +390,3 @@ def _check_architecture(inner: PreTrainedModel) -> None:
             f"{name} computes attention in code of its own and not through transformers' AttentionInterface, so no "
             "mass can be read from it; use a model that supports attn_implementation='sdpa' by that interface"
         )
-
-
-def attention_mass(
-    model: nn.Module,
-    input_ids: Tensor,
-    key_groups: Tensor,
-    *,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    query_positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    num_groups: int = 2,
-    **kwargs: Any,
-) -> tuple[Tensor, ...]:
-    """How much each head looks at groups of tokens: one mass `(B, H, R, G)` per layer, float32, with gradient.
-
-    Args:
-        model: a causal language model on the `"abft"` attention (see :func:`enable`).
-        input_ids: `(B, N)`.
-        key_groups: integers `(B, N)`: −1 for no group, else 0 … `num_groups` − 1.
-        attention_mask: `(B, N)`, 1 for tokens; padding on either side.
-        position_ids: `(B, N)`; counted from each sample's first token if None and padded.
-        query_positions: `(B, R)` indices of the rows wanted; None for all N.
-        cu_seqlens: bounds `(S + 1,)` of S prompts packed one behind the other in a batch of one, from 0 to N; in place
-            of `attention_mask`. Then `query_positions` is `(S, R)`, positions in the packed order, and so are masses.
-        num_groups: G.
-        kwargs: handed to `model(...)`.
-
-    Raises:
-        ValueError: the model runs on another attention, or its checkpointing loses the masses' gradients.
-        NotImplementedError: a layer's attention does not come through the interface.
-    """
-    outputs = forward_with_mass(
-        model, input_ids=input_ids, key_groups=key_groups, attention_mask=attention_mask, position_ids=position_ids,
-        query_positions=query_positions, cu_seqlens=cu_seqlens, num_key_groups=num_groups, **kwargs,
-    )  # fmt: skip
-    return outputs.attentions
-
-
-def forward_with_mass(
-    model: nn.Module,
-    *,
-    input_ids: Tensor,
-    key_groups: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None = None,
-    query_positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    **kwargs: Any,
-) -> Any:
-    """`model(...)` with `outputs.attentions` holding the masses of every layer; logits of one position only."""
-    inner = _transformer(model)
-    if not is_enabled(inner):
-        raise ValueError(
-            f"the model runs on attn_implementation={inner.config.get_text_config()._attn_implementation!r}; "
-            "call abft.enable(model) first"
-        )
-    _check_architecture(inner)  # the name can also be set while loading
-    _check_checkpointing(inner)
-    if cu_seqlens is not None:
-        position_ids = _packed_positions(cu_seqlens, input_ids, attention_mask)
-    elif position_ids is None and attention_mask is not None:
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    num_key_groups = kwargs.pop("num_key_groups", 2)
-    asked = {"key_groups": key_groups, "num_key_groups": num_key_groups, "query_positions": query_positions}
-    if cu_seqlens is not None:
-        asked["cu_seq_lens_q"] = cu_seqlens.to(torch.int32)
-    kwargs = {"output_attentions": True, "use_cache": False, "logits_to_keep": 1, **kwargs}
-    hook = None
-    if not _HEADS_PASS_ARGUMENTS:
-        hook = inner.base_model.register_forward_pre_hook(_adding(asked), with_kwargs=True)
-        asked = {}
-    try:
-        outputs = model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **asked, **kwargs
-        )
-    finally:
-        if hook is not None:
-            hook.remove()
-    masses = getattr(outputs, "attentions", None) or ()
-    expected = inner.config.get_text_config().num_hidden_layers
-    rows = input_ids.shape[1] if query_positions is None else query_positions.shape[1]
-    shape = (rows, num_key_groups)
-    got = sum(mass is not None and mass.dim() == 4 and mass.shape[2:] == shape for mass in masses)
-    if not len(masses) == got == expected:
-        raise NotImplementedError(
-            f"{type(inner).__name__} gave a mass for {got} of {expected} layers: some of its attention does not go "
-            "through transformers' AttentionInterface"
-        )
-    return outputs
-
-
-def _packed_positions(cu_seqlens: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Positions `(1, N)` of the tokens in their own sequences."""
-    if attention_mask is not None:
-        raise ValueError("cu_seqlens and attention_mask exclude each other: packed prompts have no padding")
-    if input_ids.shape[0] != 1 or int(cu_seqlens[-1]) != input_ids.shape[1]:
-        raise ValueError(
-            f"cu_seqlens ends at {int(cu_seqlens[-1])}; input_ids must be one packed row of as many tokens, got shape "
-            f"{tuple(input_ids.shape)}"
-        )
-    lengths = cu_seqlens.diff().long()
-    tokens = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return (tokens - cu_seqlens[:-1].long().repeat_interleave(lengths))[None]
-
-
-def _check_checkpointing(inner: PreTrainedModel) -> None:
-    if not (inner.training and torch.is_grad_enabled()):
-        return
-    for module in inner.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
-            raise ValueError(
-                "reentrant gradient checkpointing loses the gradients of the masses; call "
-                'model.gradient_checkpointing_enable({"use_reentrant": False}), or pass '
-                'gradient_checkpointing_kwargs={"use_reentrant": False} to the trainer'
-            )
-
-
-def _adding(arguments: dict[str, Any]) -> Any:
-    return lambda module, args, kwargs: (args, {**kwargs, **arguments})

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -212,22 +212,32 @@ class PromptCollator:
     Args:
         builder: the one that built the prompts; its tokenizer and label tokens are used.
         padding_side: where the padding goes.
+        packing: prompts one behind the other in a batch of one, without padding.
+        tokens_per_batch: with packing, most tokens of a packed batch; more become several ``parts``.
 
     Raises:
         ValueError: ``padding_side`` is neither "right" nor "left".
     """
 
-    def __init__(self, builder: PromptBuilder, *, padding_side: Literal["right", "left"] = "right") -> None:
+    def __init__(
+        self,
+        builder: PromptBuilder,
+        *,
+        padding_side: Literal["right", "left"] = "right",
+        packing: bool = False,
+        tokens_per_batch: int | None = None,
+    ) -> None:
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
+        self.packing, self.tokens_per_batch = packing, tokens_per_batch
         tokenizer = builder.tokenizer
         known = (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None)
         self.pad_token_id: int = next(known, 0)
         self.padding_side = padding_side
         self._label_token_ids = torch.tensor(builder.label_token_ids)
 
-    def __call__(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Collates B prompts; N is the length of the longest.
+    def __call__(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Collates B prompts; N is the length of the longest, or with packing the sum of the lengths.
 
         Returns:
             A dictionary of tensors on the CPU, int64 but for ``key_groups``:
@@ -244,11 +254,18 @@ class PromptCollator:
             - ``labels`` (B,): class index of the gold label.
             - ``label_ids`` (B,): first token of the gold label.
 
+            With packing the first four but ``attention_mask`` are (1, N), ``query_positions`` counts over all of
+            them, and ``cu_seqlens`` (B + 1,) int32 holds the bounds. If the prompts exceed ``tokens_per_batch``, the
+            only entry is ``parts``: a list of such dictionaries, each within the budget.
+
         Raises:
-            ValueError: there are no prompts.
+            ValueError: there are no prompts, or one is longer than ``tokens_per_batch``.
         """
         if not prompts:
             raise ValueError("cannot collate an empty list of prompts")
+        if self.packing:
+            parts = [self._packed(part) for part in _within_budget(prompts, self.tokens_per_batch)]
+            return parts[0] if len(parts) == 1 else {"parts": parts}
         lengths = torch.tensor([prompt.length for prompt in prompts])
         shape = (len(prompts), int(lengths.max()))
         starts = shape[1] - lengths if self.padding_side == "left" else torch.zeros_like(lengths)
@@ -260,19 +277,63 @@ class PromptCollator:
         input_ids[mask] = torch.tensor([token for prompt in prompts for token in prompt.input_ids])
         key_groups = torch.full(shape, NO_GROUP, dtype=torch.int8)
         for row, (prompt, start) in enumerate(zip(prompts, starts.tolist(), strict=True)):
-            for position, label in zip(prompt.label_positions, prompt.demonstration_labels, strict=True):
-                group = CORRECT_LABELS if label == prompt.query_label else WRONG_LABELS
-                key_groups[row, start + position] = group
-        labels = torch.tensor([prompt.query_label for prompt in prompts])
+            key_groups[row, start + torch.tensor(prompt.label_positions, dtype=torch.long)] = _groups(prompt)
         return {
             "input_ids": input_ids,
             "attention_mask": mask.long(),
             "position_ids": offsets.where(mask, 0),
             "key_groups": key_groups,
             "query_positions": (starts + lengths - 1)[:, None],
-            "prompt_lengths": lengths,
+            **self._of_prompts(prompts),
+        }
+
+    def _of_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        labels = torch.tensor([prompt.query_label for prompt in prompts])
+        correct = [sum(label == prompt.query_label for label in prompt.demonstration_labels) for prompt in prompts]
+        return {
+            "prompt_lengths": torch.tensor([prompt.length for prompt in prompts]),
             "demonstrations": torch.tensor([len(prompt.label_positions) for prompt in prompts]),
-            "correct_demonstrations": (key_groups == CORRECT_LABELS).sum(dim=1),
+            "correct_demonstrations": torch.tensor(correct),
             "labels": labels,
             "label_ids": self._label_token_ids[labels],
         }
+
+    def _packed(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        lengths = torch.tensor([prompt.length for prompt in prompts])
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        key_groups = torch.full((1, int(bounds[-1])), NO_GROUP, dtype=torch.int8)
+        for start, prompt in zip(bounds.tolist(), prompts, strict=False):
+            key_groups[0, start + torch.tensor(prompt.label_positions, dtype=torch.long)] = _groups(prompt)
+        return {
+            "input_ids": torch.tensor([[token for prompt in prompts for token in prompt.input_ids]]),
+            "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
+            "key_groups": key_groups,
+            "query_positions": bounds[1:, None] - 1,
+            "cu_seqlens": bounds.to(torch.int32),
+            **self._of_prompts(prompts),
+        }
+
+
+def _groups(prompt: Prompt) -> Tensor:
+    """Group of each demonstration's label token, int8 (k,)."""
+    correct = torch.tensor(prompt.demonstration_labels, dtype=torch.long) == prompt.query_label
+    return torch.where(correct, CORRECT_LABELS, WRONG_LABELS).to(torch.int8)
+
+
+def _within_budget(prompts: Sequence[Prompt], tokens: int | None) -> list[list[Prompt]]:
+    """The prompts in as few parts within the budget as first-fit-decreasing finds."""
+    if tokens is None:
+        return [list(prompts)]
+    parts: list[list[Prompt]] = []
+    room: list[int] = []
+    for prompt in sorted(prompts, key=lambda prompt: prompt.length, reverse=True):
+        if prompt.length > tokens:
+            raise ValueError(f"a prompt of {prompt.length} tokens is over tokens_per_batch={tokens}; raise it")
+        place = next((i for i, left in enumerate(room) if left >= prompt.length), None)
+        if place is None:
+            parts.append([])
+            room.append(tokens)
+            place = len(parts) - 1
+        parts[place].append(prompt)
+        room[place] -= prompt.length
+    return parts

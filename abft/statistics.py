@@ -11,9 +11,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from abft.attention import forward_with_mass
 from abft.batching import evaluation_mode, length_sorted_batches
 from abft.losses import induction_heads
+from abft.masses import forward_with_mass
 from abft.prompts import Prompt, PromptBuilder
 
 __all__ = ["HeadStatistics", "head_statistics"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +25,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from abft.attention import enable, forward_with_mass
+from abft.attention import enable
 from abft.evaluation import evaluate
-from abft.losses import Adaption, HeadCountController, abft_loss
+from abft.losses import ABFTLoss, Adaption, HeadCountController, abft_loss
+from abft.masses import forward, layer_masses
 from abft.parameters import TrainedParameter, lora_qk, train_qk
 from abft.prompts import Prompt, PromptBuilder, PromptCollator
 from abft.weights import load_trained, save_trained
@@ -55,6 +57,11 @@ class ABFTConfig(TrainingArguments):
         pid_proportional, pid_integral, pid_derivative: its factors Cp, Ci, Cd.
         head_filter: train induction heads only.
         per_head_mean: divide a prompt's loss by its number of induction heads.
+        restricted_gradient: a head's loss trains its own layer's W_Q and W_K alone: hidden states carry no gradient.
+            Each layer's gradient is taken and freed inside the forward pass, at about the memory of inference.
+        packing: prompts of a batch one behind the other, without padding.
+        tokens_per_batch: with `packing`, most tokens of one pass; a batch with more takes several.
+        offload_activations: keep what the backward pass needs in the CPU's memory (full gradients only).
         lora: train LoRA adapters on the q and k projections instead of W_Q and W_K themselves.
         lora_r, lora_alpha, lora_target_modules: of LoRA.
         learning_rate: None for the paper's 2e-5 (full) or 1e-4 (LoRA).
@@ -73,6 +80,12 @@ class ABFTConfig(TrainingArguments):
     pid_derivative: float = field(default=0.005, metadata={"help": "Cd"})
     head_filter: bool = field(default=True, metadata={"help": "train induction heads only"})
     per_head_mean: bool = field(default=False, metadata={"help": "divide by the number of induction heads"})
+    restricted_gradient: bool = field(
+        default=False, metadata={"help": "a head's loss trains its own layer alone, at the memory of inference"}
+    )
+    packing: bool = field(default=False, metadata={"help": "pack prompts without padding"})
+    tokens_per_batch: int | None = field(default=None, metadata={"help": "with packing, most tokens of one pass"})
+    offload_activations: bool = field(default=False, metadata={"help": "keep activations in the CPU's memory"})
     lora: bool = field(default=False, metadata={"help": "train LoRA adapters on q and k instead of W_Q and W_K"})
     lora_r: int = field(default=16, metadata={"help": "rank of LoRA"})
     lora_alpha: int = field(default=32, metadata={"help": "alpha of LoRA"})
@@ -94,6 +107,7 @@ class ABFTConfig(TrainingArguments):
         for name in ("wrong_penalty", "correct_award"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        self._check_passes()
         if self.learning_rate is None:
             self.learning_rate = 1e-4 if self.lora else 2e-5
         super().__post_init__()
@@ -119,13 +133,31 @@ class ABFTConfig(TrainingArguments):
             )
         self.gradient_accumulation_steps = steps
 
+    def _check_passes(self) -> None:
+        if self.tokens_per_batch is not None and (not self.packing or self.tokens_per_batch < 1):
+            raise ValueError(
+                f"tokens_per_batch={self.tokens_per_batch} limits packed prompts: it needs packing=True, and 1 or more"
+            )
+        if not self.restricted_gradient:
+            return
+        if self.method != "abft":
+            raise ValueError("restricted_gradient is ABFT's; method='e2e' has a loss at the last layer only")
+        for name in ("per_head_mean", "gradient_checkpointing", "offload_activations", "fp16", "torch_compile"):
+            if getattr(self, name):
+                raise ValueError(
+                    "restricted_gradient takes each layer's gradient inside the forward pass and keeps no "
+                    f"activations; {name}=True does not go with it"
+                )
+
 
 class HeadCountState(TrainerCallback, ExportableState):
     """Ends ABFT's optimizer steps, and carries the controller's state through the Trainer's checkpoints."""
 
-    def __init__(self, controller: HeadCountController | None = None, finish_step: Any = None) -> None:
+    def __init__(
+        self, controller: HeadCountController | None = None, finish_step: Any = None, reduce_gradients: Any = None
+    ) -> None:
         self.controller = controller or HeadCountController()
-        self.finish_step = finish_step
+        self.finish_step, self.reduce_gradients = finish_step, reduce_gradients
 
     def state(self) -> dict[str, dict[str, Any]]:
         return {"args": {}, "attributes": self.controller.state_dict()}
@@ -134,6 +166,9 @@ class HeadCountState(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__)
         if saved is not None:
             self.controller.load_state_dict(saved["attributes"])
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.reduce_gradients()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.finish_step()
@@ -169,6 +204,7 @@ class ABFTTrainer(Trainer):
     ) -> None:
         if not len(train_dataset):
             raise ValueError("train_dataset is empty; pass the prompts to train on")
+        _check_lengths(model, args, train_dataset)
         enable(model)
         self.trained: list[TrainedParameter] = []
         if args.lora:
@@ -193,26 +229,54 @@ class ABFTTrainer(Trainer):
         self._step_sums: dict[str, Tensor] = {}
         self._step_logs: dict[str, float] = {}
         self._warned_collapse = False
+        collator = PromptCollator(builder, packing=args.packing, tokens_per_batch=args.tokens_per_batch)
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            data_collator=PromptCollator(builder), **kwargs,
+            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=collator,
+            **kwargs,
         )  # fmt: skip
-        if self.trained and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise NotImplementedError(
-                "FSDP and DeepSpeed split W_Q and W_K, which training them in full does not serve yet; use lora=True, "
-                "or plain data parallelism (torchrun)"
-            )
+        self._check_engine()
         # The loss below is already a share of the pseudo-batch's mean; Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
-        self.add_callback(HeadCountState(self.controller, self._finish_step))
+        self.add_callback(HeadCountState(self.controller, self._finish_step, self._reduce_gradients))
+
+    def _check_engine(self) -> None:
+        """What an engine that splits parameters can train."""
+        version = getattr(getattr(self.accelerator.state, "fsdp_plugin", None), "fsdp_version", None)
+        if self.is_fsdp_enabled and version != 2:
+            raise NotImplementedError('FSDP 1 is not served; use FSDP 2 (fsdp_config={"version": 2})')
+        split = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.trained and (self.is_deepspeed_enabled or (split and any(item.fused for item in self.trained))):
+            raise NotImplementedError(
+                f"{'DeepSpeed' if self.is_deepspeed_enabled else 'FSDP'} splits W_Q and W_K, which training them in "
+                f"full does not serve{'' if self.is_deepspeed_enabled else ' where they are fused with W_V'}; use "
+                "lora=True, or plain data parallelism (torchrun)"
+            )
+        if split and self.args.restricted_gradient:
+            raise NotImplementedError(
+                "restricted_gradient takes gradients inside the forward pass, where FSDP and DeepSpeed have none of "
+                "their own; use plain data parallelism (torchrun): this mode needs the memory of inference only"
+            )
 
     # --- loss ---------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimizer step, and the number of prompts in all of them on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        prompts = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
+        prompts = torch.tensor(
+            sum(len(part["labels"]) for batch in batches for part in batch.get("parts", [batch])), device=device
+        )
         return batches, self.accelerator.gather(prompts).sum() if self.args.world_size > 1 else prompts
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of a batch; one whose tokens are over the budget goes part by part."""
+        parts = inputs.get("parts", [inputs])
+        losses = []
+        for number, part in enumerate(parts, 1):
+            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
@@ -222,20 +286,47 @@ class ABFTTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss of a micro-batch: its prompts' sum over the prompts of the whole pseudo-batch."""
-        compute = self._abft_per_prompt if self.args.method == "abft" else self._e2e_per_prompt
-        per_prompt, outputs = compute(model, inputs)
-        prompts = len(per_prompt) if num_items_in_batch is None else num_items_in_batch
         # Data-parallel engines average gradients over the processes; the pseudo-batch spans them all.
-        loss = per_prompt.sum() / prompts * (1 if num_items_in_batch is None else self.args.world_size)
+        count = len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
+        share = (1 if num_items_in_batch is None else self.args.world_size) / count
+        if self.args.method == "abft":
+            per_prompt, outputs = self._abft_per_prompt(model, inputs, share)
+        else:
+            per_prompt, outputs = self._e2e_per_prompt(model, inputs)
+        loss = per_prompt.sum() * share
+        if not loss.requires_grad and model.training:
+            loss.requires_grad_()  # its gradient has been taken; the Trainer's own backward pass finds nothing to do
         return (loss, outputs) if return_outputs else loss
 
-    def _abft_per_prompt(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
-        outputs = forward_with_mass(model, **_model_inputs(inputs), **_mass_inputs(inputs))
-        result = abft_loss(
-            outputs.attentions, inputs["correct_demonstrations"], inputs["demonstrations"], inputs["prompt_lengths"],
+    def _loss_of(self, masses: Sequence[Tensor], inputs: dict[str, Tensor]) -> ABFTLoss:
+        return abft_loss(
+            masses, inputs["correct_demonstrations"], inputs["demonstrations"], inputs["prompt_lengths"],
             wrong_penalty=self.controller.wrong_penalty, correct_award=self.args.correct_award,
             head_filter=self.args.head_filter, per_head_mean=self.args.per_head_mean,
         )  # fmt: skip
+
+    def _abft_per_prompt(
+        self, model: nn.Module, inputs: dict[str, Tensor], share: Tensor | float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Losses `(B,)` and masses; with restricted gradients those of `share` times the losses' sum are taken here."""
+        passed: dict[str, Any] = {name: inputs[name] for name in _PASSED if name in inputs}
+        if self.args.restricted_gradient and model.training:
+
+            def backward(mass: Tensor) -> Tensor:
+                loss = self._loss_of([mass], inputs).per_prompt.sum() * share
+                with torch.autocast(mass.device.type, enabled=False):
+                    loss.backward()
+                return mass.detach()
+
+            # No engine wraps this pass: there is no backward pass behind it that it could wait for.
+            inner = self.accelerator.unwrap_model(model)
+            with self.accelerator.autocast():
+                masses = layer_masses(inner, **passed, detach=True, on_mass=backward)
+        else:
+            offload = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+            with self.accelerator.autocast(), offload if self.args.offload_activations else nullcontext():
+                masses = layer_masses(model, **passed)
+        result = self._loss_of(masses, inputs)
         counts = result.head_counts.sum().to(torch.float32)
         sums = {
             "prompts": torch.tensor(float(len(result.per_prompt)), device=counts.device),
@@ -245,15 +336,25 @@ class ABFTTrainer(Trainer):
         }
         for name, value in sums.items() if model.training else ():
             self._step_sums[name] = self._step_sums.get(name, torch.zeros_like(value)) + value.detach()
-        return result.per_prompt, outputs
+        return result.per_prompt, masses
+
+    def _reduce_gradients(self) -> None:
+        """Restricted gradients arise outside of any data-parallel engine: their mean over the processes."""
+        if not self.args.restricted_gradient or self.args.world_size == 1:
+            return
+        for parameter in self.model.parameters():  # type: ignore[union-attr]
+            if parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def _e2e_per_prompt(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
         last = inputs["query_positions"][:, 0]
         wanted, column = last.unique(return_inverse=True)
-        outputs = model(**_model_inputs(inputs), use_cache=False, logits_to_keep=wanted)
+        passed = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids", "cu_seqlens")}
+        outputs = forward(model, **passed, logits_to_keep=wanted)  # type: ignore[arg-type]
         # A model without logits_to_keep gives the logits of every position.
         kept = column if outputs.logits.shape[1] == len(wanted) else last
-        logits = outputs.logits[torch.arange(len(last), device=last.device), kept]
+        rows = torch.arange(len(last), device=last.device)
+        logits = outputs.logits[torch.zeros_like(rows) if "cu_seqlens" in inputs else rows, kept]
         return F.cross_entropy(logits.float(), inputs["label_ids"], reduction="none"), outputs
 
     # --- steps, logs --------------------------------------------------------------------------------------
@@ -321,10 +422,10 @@ class ABFTTrainer(Trainer):
         if self.args.should_save:
             options = {key: value for key, value in asdict(self.args).items() if key in _RECORDED}
             model = self.accelerator.unwrap_model(self.model)
-            save_trained(model, self.trained, output_dir or str(self.args.output_dir), **options)
+            save_trained(model, self.trained, output_dir or str(self.args.output_dir), state_dict, **options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.trained:
+        if not self.trained or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
@@ -332,6 +433,20 @@ class ABFTTrainer(Trainer):
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _check_lengths(model: PreTrainedModel, args: ABFTConfig, prompts: Sequence[Prompt]) -> None:
+    """No prompt may be longer than the model's context or the budget of a pass."""
+    longest = max(prompt.length for prompt in prompts)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, the model's context {context}; lower k, or take shorter texts"
+        )
+    if args.tokens_per_batch is not None and longest > args.tokens_per_batch:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, over tokens_per_batch={args.tokens_per_batch}; raise it"
+        )
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
@@ -358,9 +473,4 @@ def _dtypes(model: nn.Module, trained: list[TrainedParameter]) -> list[torch.dty
     return [parameters[item.name].dtype for item in trained]
 
 
-def _model_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
-
-
-def _mass_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: inputs[name] for name in ("key_groups", "query_positions")}
+_PASSED = ("input_ids", "attention_mask", "position_ids", "key_groups", "query_positions", "cu_seqlens")

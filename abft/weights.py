@@ -16,6 +16,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import abft.attention as _adapter
@@ -51,15 +52,20 @@ def is_trained_folder(folder: str | os.PathLike[str]) -> bool:
 
 
 def save_trained(
-    model: PreTrainedModel, trained: list[TrainedParameter], folder: str | os.PathLike[str], **extra: Any
+    model: PreTrainedModel,
+    trained: list[TrainedParameter],
+    folder: str | os.PathLike[str],
+    state_dict: dict[str, Tensor] | None = None,
+    **extra: Any,
 ) -> None:
-    """Saves the trained parts alone (of fused projections q and k only); `extra` is kept in the config.
+    """Saves the trained parts alone (of fused projections q and k only), from `state_dict` where the model's own
+    parameters are split over processes; `extra` is kept in the config.
 
     The config is written last, so a folder that has one is complete.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) if state_dict is None else state_dict
     tensors = {item.name: item.view(parameters[item.name].detach()).contiguous().cpu() for item in trained}
     temporary = folder / f".{WEIGHTS}"
     save_file(tensors, temporary, metadata={"format": "pt"})

@@ -39,15 +39,20 @@ def _triton_interpreted() -> bool:
     return INTERPRETED
 
 
-def _triton_reason(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the Triton kernels cannot run here, or None if they can; `kernel` is "forward" (fused) or "rows"."""
+def _triton_reason(
+    operator: str, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int = 1
+) -> str | None:
+    """Why the Triton kernels cannot run here, or None if they can; `operator` is "fused" or "rows"."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if dtype == torch.float64:
         return "the Triton kernels have no float64"
-    widest = widest_head_tile(kernel, dtype.itemsize)
+    widest = widest_head_tile(operator, dtype.itemsize, groups, device)
     if head_dim > widest:
-        return f"head_dim {head_dim} is over {widest} in {str(dtype).removeprefix('torch.')}"
+        return (
+            f"head_dim {head_dim} is over {widest}, the most in {str(dtype).removeprefix('torch.')} with {groups} "
+            "groups on this GPU"
+        )
     if device.type != "cuda" and not _triton_interpreted():
         return f"the tensors are on {device.type}; set TRITON_INTERPRET=1 before Python starts to interpret"
     return None
@@ -55,18 +60,19 @@ def _triton_reason(kernel: str, device: torch.device, dtype: torch.dtype, head_d
 
 def available_backends(device: str | torch.device = "cpu") -> dict[str, str]:
     """Backend → `"available"`, or the reason why it is not, for bf16 tensors of head_dim 128 on `device`."""
-    reason = _triton_reason("forward", torch.device(device), torch.bfloat16, 128)
+    reason = _triton_reason("fused", torch.device(device), torch.bfloat16, 128)
     return {"triton": reason or "available", "torch": "available", "reference": "available"}
 
 
-def _choose(backend: Backend, q: Tensor, v: Tensor | None, kernel: str) -> Backend:
+def _choose(backend: Backend, q: Tensor, v: Tensor | None, operator: str, groups: int) -> Backend:
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
     widest = max(q.shape[-1], 0 if v is None else v.shape[-1])
     if backend == "auto":
         on_gpu = q.device.type == "cuda"
-        return "triton" if on_gpu and _triton_reason(kernel, q.device, q.dtype, widest) is None else "torch"
-    if backend == "triton" and (reason := _triton_reason(kernel, q.device, q.dtype, widest)):
+        reason = _triton_reason(operator, q.device, q.dtype, widest, groups) if on_gpu else "no GPU"
+        return "torch" if reason else "triton"
+    if backend == "triton" and (reason := _triton_reason(operator, q.device, q.dtype, widest, groups)):
         raise NotImplementedError(f"backend 'triton' cannot run this: {reason}; backend='torch' can")
     return backend
 
@@ -229,7 +235,7 @@ def row_mass(
     if row_positions is not None:
         last = None if call.sharded else k.shape[2] - 1
         positions = check_rows(row_positions, call.sequences, q_rows.shape[2], 0, last)
-    chosen = _choose(backend, q_rows, None, "rows" if few else "forward")
+    chosen = _choose(backend, q_rows, None, "rows" if few else "fused", num_groups)
     if chosen == "reference":
         mass, lse = reference.row_mass_reference(
             q_rows, k, key_groups, num_groups, row_positions=row_positions, return_lse=True, **shared
@@ -276,7 +282,7 @@ def attention(
         "key_offset": key_offset, "query_offset": query_offset, "dropout_p": dropout_p,
     }  # fmt: skip
     call = _check(q, k, v, None, 0, dropout_seed=dropout_seed, **shared)
-    chosen = _choose(backend, q, v, "forward")
+    chosen = _choose(backend, q, v, "fused", 1)
     if chosen == "reference":
         no_group = torch.full((k.shape[0], k.shape[2]), -1, device=k.device)
         return reference.mass_attention_reference(q, k, v, no_group, 0, dropout_seed=call.options.seed, **shared)[0]
@@ -369,7 +375,7 @@ def mass_attention(
             raise ValueError("row_positions and row_mask both choose rows; pass one of them")
         last = None if call.sharded else k.shape[2] - 1
         check_rows(row_positions, call.sequences, None, max(0, first), last)
-    chosen = _choose(backend, q, v, "forward" if row_positions is None else "rows")
+    chosen = _choose(backend, q, v, "fused" if row_positions is None else "rows", num_groups)
     if chosen == "reference":
         results = reference.mass_attention_reference(
             q, k, v, key_groups, num_groups, row_positions=row_positions, row_mask=row_mask,

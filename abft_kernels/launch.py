@@ -34,9 +34,14 @@ def architecture(device: torch.device) -> int:
     return table_architecture(10 * major + minor)
 
 
-def widest_head_tile(kernel: str, element_size: int) -> int:
-    """The widest head tile that `kernel` has launches for."""
-    return max(entries[-1][0] for key, entries in TABLE.items() if key[:2] == (kernel, element_size))
+# The kernels behind an operator; all must serve a call, the backward ones too.
+_KERNELS = {"fused": ("forward", "backward_kv", "backward_q"), "rows": ("rows",)}
+
+
+def widest_head_tile(operator: str, element_size: int, groups: int, device: torch.device) -> int:
+    """The widest head tile that `operator` ("fused" or "rows") has launches for; 0 if none."""
+    tables = [TABLE[kernel, element_size, architecture(device)] for kernel in _KERNELS[operator]]
+    return min(max((width for width, most, _ in entries if groups <= most), default=0) for entries in tables)
 
 
 def launch_config(kernel: str, head_tile: int, element_size: int, groups: int, device: torch.device) -> Launch:

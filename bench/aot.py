@@ -213,6 +213,7 @@ def instruction_table(archs: list[int], jobs: int) -> list[dict[str, Any]]:
         for arch in archs:
             for head_dim in (64, 128):
                 launch = _first(TABLE[table, 2, table_architecture(arch)], head_dim, 2)
+                assert launch is not None  # every architecture has them
                 cases += [Case(KERNELS[table][0], table, arch, "bf16", head_dim, 2, launch, v) for v in ("off", "full")]
     with ProcessPoolExecutor(jobs) as pool:
         compiled = list(pool.map(compile_case, cases))
@@ -225,8 +226,8 @@ def instruction_table(archs: list[int], jobs: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _first(entries: list[tuple[int, int, Launch]], head_dim: int, groups: int) -> Launch:
-    return next(launch for width, most, launch in entries if head_dim <= width and groups <= most)
+def _first(entries: list[tuple[int, int, Launch]], head_dim: int, groups: int) -> Launch | None:
+    return next((launch for width, most, launch in entries if head_dim <= width and groups <= most), None)
 
 
 def table_cases(archs: list[int], groups: list[int], variants: bool = False) -> list[Case]:

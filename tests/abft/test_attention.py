@@ -14,7 +14,8 @@ from tiny_models import CONFIGS, packed, padded, random_prompts, tiny
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import abft.attention as adapter
-from abft.attention import attention_mass, enable, forward_with_mass, is_enabled
+from abft.attention import enable, is_enabled
+from abft.masses import attention_mass, forward_with_mass
 from abft_kernels.triton.common import INTERPRETED
 
 TRITON_RUNS = INTERPRETED or torch.cuda.is_available()

@@ -3,77 +3,22 @@
 import itertools
 import json
 import os
-import socket
-import subprocess
-import sys
 import warnings
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from tiny_models import tiny
+from trainers import LABEL_LOOKERS, arguments, assert_same_trajectory, losses, state_of, trained, trainer_of
 from transformers import TrainerCallback
 
-from abft.attention import attention_mass, is_enabled
+from abft.attention import is_enabled
 from abft.losses import abft_loss
+from abft.masses import attention_mass
 from abft.parameters import find_qk
 from abft.prompts import PromptCollator
 from abft.training import ABFTConfig, ABFTTrainer
 from abft.weights import load_trained
-
-LABEL_LOOKERS: dict[str, Any] = {"spread": 0.7}  # random models with heads on both sides of the filter's threshold
-
-
-def arguments(folder, **changes: Any) -> ABFTConfig:
-    options: dict[str, Any] = dict(
-        output_dir=str(folder), learning_rate=1e-3, use_cpu=True, disable_tqdm=True, save_strategy="no",
-        num_train_epochs=4,
-    )  # fmt: skip
-    return ABFTConfig(**{**options, **changes})
-
-
-def trainer_of(model, prompts, builder, folder, *, callbacks=None, eval_dataset=None, **changes: Any) -> ABFTTrainer:
-    args = arguments(folder, **changes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ABFTTrainer(model, args, prompts, builder, eval_dataset, callbacks=callbacks)
-
-
-def trained(*args: Any, resume: str | None = None, **changes: Any) -> ABFTTrainer:
-    trainer = trainer_of(*args, **changes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def state_of(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def assert_same_trajectory(a, b, tolerance=1e-5):
-    assert losses(a) == pytest.approx(losses(b), rel=tolerance, abs=1e-7)
-    assert len(losses(a)) == a.state.global_step
-    assert a.controller.head_counts == b.controller.head_counts
-    assert a.controller.wrong_penalty == pytest.approx(b.controller.wrong_penalty, rel=1e-9)
-    assert_same_weights(state_of(a), state_of(b), tolerance)
-
-
-def assert_same_weights(mine, theirs, tolerance=1e-5):
-    """By their norm: Adam turns the rounding of a gradient near 0 into a visible step of that one element.
-
-    A run moves weights by some 5e-3 of their norm, so 1e-5 is a five-hundredth of what training does.
-    """
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        error = (mine[name] - theirs[name]).norm()
-        assert error <= tolerance * theirs[name].norm(), f"{name}: {error:.1e}"
 
 
 class Gradients(TrainerCallback):
@@ -236,29 +181,7 @@ def test_a_model_that_scales_no_loss_itself_is_not_scaled_twice(toy_prompts, toy
     assert_same_trajectory(*runs, tolerance=1e-9)
 
 
-# --- resume -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [("llama", {}), ("gpt2", {}), ("llama", {"method": "e2e"}), ("llama", {"lora": True})],
-    ids=["abft", "fused", "e2e", "lora"],
-)
-@pytest.mark.parametrize("step", [2, 3])
-def test_resume_continues_the_trajectory(kind, changes, step, toy_prompts, toy_builder, tmp_path):
-    changes = {**changes, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}
-    whole = trained(tiny(kind, **LABEL_LOOKERS), toy_prompts, toy_builder, tmp_path, **changes)
-    again = trained(
-        tiny(kind, **LABEL_LOOKERS), toy_prompts, toy_builder, tmp_path / "again",
-        resume=str(tmp_path / f"checkpoint-{step}"), **changes,
-    )  # fmt: skip
-    assert losses(again) == losses(whole)
-    assert again.controller.state_dict() == whole.controller.state_dict()
-    if "method" not in changes:
-        assert len(whole.controller.head_counts) == 6
-        assert whole.controller.wrong_penalty != 0.5
-    mine, theirs = state_of(again), state_of(whole)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+# --- what is saved ---------------------------------------------------------------------------------------
 
 
 def test_checkpoint_holds_the_trained_part_alone(toy_prompts, toy_builder, tmp_path):
@@ -509,66 +432,3 @@ def test_options_reach_the_loss(toy_prompts, toy_builder, tmp_path):
     assert loss(head_filter=False) > base
     assert 0 < loss(per_head_mean=True) < base
     assert loss(correct_award=2.0, wrong_penalty=1.0) == pytest.approx(2 * base)
-
-
-# --- several processes ------------------------------------------------------------------------------------
-
-PROCESSES = """
-import json, sys, warnings
-warnings.simplefilter("ignore")
-import torch
-from tiny_models import tiny
-from abft.training import ABFTConfig, ABFTTrainer
-torch.set_num_threads(1)
-folder, *kinds = sys.argv[1:]
-prompts, builder = torch.load(folder + "/prompts.pt", weights_only=False)
-for kind in kinds:
-    args = ABFTConfig(**json.load(open(folder + "/arguments.json")), ddp_backend="gloo")
-    trainer = ABFTTrainer(tiny(kind, spread=0.7), args, prompts, builder)
-    trainer.train()
-    if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        torch.save({
-            "world": args.world_size, "steps": args.gradient_accumulation_steps,
-            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-            "controller": trainer.controller.state_dict(),
-            "weights": {name: p.detach() for name, p in model.named_parameters()},
-        }, f"{folder}/{kind}.pt")
-"""
-
-
-@pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
-)
-def test_two_processes_equal_one(toy_prompts, toy_builder, tmp_path):
-    kinds = ["llama", "gpt2"]
-    options = dict(
-        output_dir=str(tmp_path / "run"), learning_rate=1e-3, use_cpu=True, disable_tqdm=True, save_strategy="no",
-        num_train_epochs=2,
-    )  # fmt: skip
-    torch.save((toy_prompts, toy_builder), tmp_path / "prompts.pt")
-    (tmp_path / "arguments.json").write_text(json.dumps(options))
-    (tmp_path / "script.py").write_text(PROCESSES)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = Path(__file__).resolve().parent
-    paths = [str(here), str(here.parent.parent), os.environ.get("PYTHONPATH", "")]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-        "--master_port", str(port), str(tmp_path / "script.py"), str(tmp_path), *kinds,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-    for kind in kinds:
-        two = torch.load(tmp_path / f"{kind}.pt")
-        assert (two["world"], two["steps"]) == (2, 2)
-        one = trained(tiny(kind, spread=0.7), toy_prompts, toy_builder, tmp_path, num_train_epochs=2)
-        entries = [entry for entry in one.state.log_history if "loss" in entry]
-        assert len(entries) == 4
-        for name in ("loss", "induction_heads", "mass_correct", "mass_wrong", "wrong_penalty"):
-            assert [e[name] for e in two["log"]] == pytest.approx([e[name] for e in entries], rel=1e-5), name
-        assert two["controller"]["head_counts"] == one.controller.head_counts
-        assert_same_weights(two["weights"], state_of(one))

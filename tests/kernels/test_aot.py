@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from abft_kernels.launch import Launch, launch_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,12 +44,15 @@ def test_shared_memory_fits(rows):
 
 
 def test_tensor_cores(rows):
-    """In 16 bits: warpgroup matrix instructions in the fused kernels on sm_90 to head_dim 256, matrix instructions
-    elsewhere."""
+    """In 16 bits: matrix instructions everywhere; on sm_90, for the two groups of ABFT, warpgroup ones (wgmma) in all
+    fused kernels to head_dim 128, and but for dK and dV to 256: their accumulators of 64 keys would spill."""
     for row in rows:
         if row["table"] == "other" or row["dtype"] != "bf16":
             continue
-        if row["arch"] == 90 and row["table"] != "rows" and row["head_dim"] <= 256:
+        launch, width = Launch(*row["launch"]), row["head_dim"]
+        serves_two = launch_config(row["table"], width, 2, 2, torch.device("cpu")) == launch
+        widest = {"forward": 256, "backward_q": 256, "backward_kv": 128, "rows": 0}[row["table"]]
+        if row["arch"] == 90 and serves_two and width <= widest:
             assert row["hgmma"] > 0, row
         else:
             assert row["hmma"] + row["hgmma"] + row["utcmma"] > 0, row
@@ -62,4 +68,4 @@ def test_mass_costs_few_instructions():
     for row in table:
         more = row["on"]["instructions"] - row["on"]["skipped"] - row["off"]["instructions"]
         assert row["on"]["matrix"] == row["off"]["matrix"], row
-        assert more <= 0.15 * row["off"]["instructions"], row
+        assert more <= 0.2 * row["off"]["instructions"], row

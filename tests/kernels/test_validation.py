@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from abft_kernels import attention, available_backends, mass_attention, merge_masses, row_mass
-from abft_kernels.launch import launch_config, row_splits
+from abft_kernels import attention, available_backends, launch, mass_attention, merge_masses, row_mass
+from abft_kernels.launch import launch_config, row_splits, widest_head_tile
+from abft_kernels.launch_table import ARCHITECTURES
 
 B, H, H_KV, N, D = 2, 4, 2, 6, 8
 
@@ -124,13 +125,23 @@ def test_triton_says_what_it_cannot():
     with pytest.raises(NotImplementedError, match="no float64; backend='torch' can"):
         mass_attention(q.double(), k.double(), v.double(), groups, g, backend="triton")
     wide = [torch.randn(1, 1, 4, 257) for _ in range(3)]
-    with pytest.raises(NotImplementedError, match="head_dim 257 is over 128 in float32; backend='torch' can"):
+    with pytest.raises(NotImplementedError, match=r"head_dim 257 is over 128, .*; backend='torch' can"):
         attention(*wide, backend="triton")
     assert attention(*wide, backend="torch").shape == (1, 1, 4, 257)
-    with pytest.raises(NotImplementedError, match="head_dim 513 is over 512 in bfloat16"):
+    with pytest.raises(NotImplementedError, match="head_dim 513 is over 512, the most in bfloat16"):
         attention(*(torch.randn(1, 1, 4, 513, dtype=torch.bfloat16) for _ in range(3)), backend="triton")
     with pytest.raises(NotImplementedError, match="no forward launch for head tiles of 1024"):
         launch_config("forward", 1024, 2, 2, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_launch_table_serves_what_the_docs_promise(arch, monkeypatch):
+    monkeypatch.setattr(launch, "architecture", lambda device: arch)
+    device = torch.device("cpu")
+    assert widest_head_tile("fused", 2, 2, device) == 512
+    assert widest_head_tile("fused", 2, 16, device) == (256 if arch == 80 else 512)
+    assert widest_head_tile("fused", 4, 16, device) == (64 if arch == 80 else 128)
+    assert widest_head_tile("rows", 2, 16, device) == widest_head_tile("rows", 4, 16, device) == 512
 
 
 def test_without_gpu_or_interpreter(monkeypatch):

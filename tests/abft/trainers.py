@@ -1,0 +1,62 @@
+"""Short training runs of tiny models, and what two of them must have in common."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+
+from abft.training import ABFTConfig, ABFTTrainer
+
+LABEL_LOOKERS: dict[str, Any] = {"spread": 0.7}  # random models with heads on both sides of the filter's threshold
+
+
+def arguments(folder, **changes: Any) -> ABFTConfig:
+    options: dict[str, Any] = dict(
+        output_dir=str(folder), learning_rate=1e-3, use_cpu=True, disable_tqdm=True, save_strategy="no",
+        num_train_epochs=4,
+    )  # fmt: skip
+    return ABFTConfig(**{**options, **changes})
+
+
+def trainer_of(model, prompts, builder, folder, *, callbacks=None, eval_dataset=None, **changes: Any) -> ABFTTrainer:
+    args = arguments(folder, **changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ABFTTrainer(model, args, prompts, builder, eval_dataset, callbacks=callbacks)
+
+
+def trained(*args: Any, resume: str | None = None, **changes: Any) -> ABFTTrainer:
+    trainer = trainer_of(*args, **changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def state_of(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_same_trajectory(a, b, tolerance=1e-5):
+    assert losses(a) == pytest.approx(losses(b), rel=tolerance, abs=1e-7)
+    assert len(losses(a)) == a.state.global_step
+    assert a.controller.head_counts == b.controller.head_counts
+    assert a.controller.wrong_penalty == pytest.approx(b.controller.wrong_penalty, rel=1e-9)
+    assert_same_weights(state_of(a), state_of(b), tolerance)
+
+
+def assert_same_weights(mine, theirs, tolerance=1e-5):
+    """By their norm: Adam turns the rounding of a gradient near 0 into a visible step of that one element.
+
+    A run moves weights by some 5e-3 of their norm, so 1e-5 is a five-hundredth of what training does.
+    """
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        error = (mine[name] - theirs[name]).norm()
+        assert error <= tolerance * theirs[name].norm(), f"{name}: {error:.1e}"
