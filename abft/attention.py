@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
+from abft.context_parallel import ContextParallel
 from abft_kernels import attention, gather_rows, mass_attention, row_mass
 
 __all__ = ["ATTENTION", "Bounds", "MassCollector", "StopForward", "enable", "is_enabled"]
@@ -65,12 +66,20 @@ class MassCollector:
         stop: raise `StopForward` at the last layer's mass, before its attention output.
         detach: attention outputs carry no gradient, so that each mass reaches its own layer's W_Q and W_K alone.
         on_mass: called with each mass as it comes; what it returns is kept in the mass's place.
+        context: the keys are spread over processes.
     """
 
     def __init__(
-        self, num_layers: int, *, stop: bool = False, detach: bool = False, on_mass: Callable[[Tensor], Tensor] | None
+        self,
+        num_layers: int,
+        *,
+        stop: bool = False,
+        detach: bool = False,
+        on_mass: Callable[[Tensor], Tensor] | None = None,
+        context: ContextParallel | None = None,
     ) -> None:
         self.num_layers, self.stop, self.detach, self.on_mass = num_layers, stop, detach, on_mass
+        self.context = context
         self.masses: list[Tensor] = []
         self.closed = False  # layers that checkpointing runs again in the backward pass add nothing
         self._last: nn.Module | None = None
@@ -167,6 +176,11 @@ def _attention_forward(
         query_positions = None  # decoding: the only row there is
     if mass_collector is not None:
         last = mass_collector.is_last(module)
+        if mass_collector.context is not None:
+            # The mask was made of this process's tokens; a window reaches over the whole context.
+            if bounds is not None and (bounds.seq_lens is not None or bounds.cu_seqlens is not None):
+                raise _unsupported(module, "padding or packed prompts in a context spread over processes")
+            shared |= {"window": kwargs.get("sliding_window")}
         out = _collected(mass_collector, last, query, key, value, key_groups, num_key_groups, query_positions, shared)
         return out, None
     out, mass = mass_attention(query, key, value, key_groups, num_key_groups, row_positions=query_positions, **shared)
@@ -178,8 +192,17 @@ def _collected(
     num_key_groups: int, query_positions: Tensor | None, shared: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """Hands the mass to the collector; the attention output `(B, N, H, D)`, made only where something follows it."""
-    if last or collector.detach:
-        alone: dict[str, Any] = {name: value for name, value in shared.items() if name != "dropout_p"}
+    context = collector.context
+    alone: dict[str, Any] = {name: value for name, value in shared.items() if name != "dropout_p"}
+    if context is not None:
+        assert query_positions is not None
+        collector.add(context.mass(query, key, key_groups, num_key_groups, query_positions, alone))
+        if last and collector.stop:
+            raise StopForward
+        if collector.detach:
+            query, key, value = query.detach(), key.detach(), value.detach()
+        out = context.attention(query, key, value, shared)
+    elif last or collector.detach:
         rows = query
         if query_positions is not None:
             first = key.shape[2] - query.shape[2]

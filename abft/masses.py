@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from abft.attention import MassCollector, StopForward, check_architecture, is_enabled, transformer_of
+from abft.context_parallel import ContextParallel
 
 __all__ = ["attention_mass", "forward", "forward_with_mass", "layer_masses"]
 
@@ -156,6 +157,7 @@ def layer_masses(
     num_groups: int = 2,
     detach: bool = False,
     on_mass: Callable[[Tensor], Tensor] | None = None,
+    context_group: Any = None,
 ) -> tuple[Tensor, ...]:
     """The masses of :func:`attention_mass` from the decoder alone, ending where nothing more is needed.
 
@@ -169,11 +171,14 @@ def layer_masses(
             other parameters frozen, no activation outlives its layer ("restricted gradient").
         on_mass: called with each layer's mass as it is computed; what it returns is kept in the mass's place. With
             `detach` it may call `backward` and return the detached mass: then no graph outlives the layer either.
+        context_group: a process group that shares the context (context parallelism, see `abft.context_parallel`): every
+            process passes all tokens and gets all masses. Prompts of one length, without padding before them.
 
     Raises:
         ValueError: the model runs on another attention, its checkpointing loses the masses' gradients, `detach` with
             gradient checkpointing, which it makes needless, or `detach` or `on_mass` under a wrapper.
-        NotImplementedError: a layer's attention does not come through the interface; PEFT prompt tokens.
+        NotImplementedError: a layer's attention does not come through the interface; PEFT prompt tokens; a spread
+            context with padding, packed prompts or all rows.
     """
     inner = _ready(model)
     checkpointed = bool(_checkpoint_functions(inner))
@@ -194,9 +199,21 @@ def layer_masses(
     asked, position_ids = _arguments(
         input_ids, key_groups, attention_mask, position_ids, query_positions, cu_seqlens, num_groups
     )
+    context = None
+    if context_group is not None:
+        padded = attention_mask is not None and not attention_mask.all()
+        if padded or cu_seqlens is not None or query_positions is None:
+            raise NotImplementedError(
+                "a context spread over processes takes prompts of one length, not padded nor packed, and chosen rows"
+            )
+        context = ContextParallel(context_group, input_ids.shape[1])
+        position_ids = context.positions(input_ids.shape[0], input_ids.device)
+        asked["key_groups"] = context.part(key_groups, -1)
+        input_ids, attention_mask = context.part(input_ids, 0), None
     hooked = any(hasattr(module, "_hf_hook") for module in inner.modules())
     layers = inner.config.get_text_config().num_hidden_layers
-    collector = MassCollector(layers, stop=not checkpointed and not hooked, detach=detach, on_mass=on_mass)
+    stop = not checkpointed and not hooked
+    collector = MassCollector(layers, stop=stop, detach=detach, on_mass=on_mass, context=context)
     shared = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
               "use_cache": False, **asked}  # fmt: skip
     try:

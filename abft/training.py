@@ -31,7 +31,7 @@ from abft.losses import ABFTLoss, Adaption, HeadCountController, abft_loss
 from abft.masses import forward, layer_masses
 from abft.parameters import TrainedParameter, lora_qk, train_qk
 from abft.prompts import Prompt, PromptBuilder, PromptCollator
-from abft.weights import load_trained, save_trained
+from abft.weights import load_trained, save_trained, whole_state_dict
 
 __all__ = ["ABFTConfig", "ABFTTrainer", "Method", "last_complete_checkpoint"]
 
@@ -61,6 +61,7 @@ class ABFTConfig(TrainingArguments):
             Each layer's gradient is taken and freed inside the forward pass, at about the memory of inference.
         packing: prompts of a batch one behind the other, without padding.
         tokens_per_batch: with `packing`, most tokens of one pass; a batch with more takes several.
+        tensor_parallel_size: processes that share a model loaded with `tp_plan="auto"`; the others hold other prompts.
         offload_activations: keep what the backward pass needs in the CPU's memory (full gradients only).
         lora: train LoRA adapters on the q and k projections instead of W_Q and W_K themselves.
         lora_r, lora_alpha, lora_target_modules: of LoRA.
@@ -85,6 +86,7 @@ class ABFTConfig(TrainingArguments):
     )
     packing: bool = field(default=False, metadata={"help": "pack prompts without padding"})
     tokens_per_batch: int | None = field(default=None, metadata={"help": "with packing, most tokens of one pass"})
+    tensor_parallel_size: int = field(default=1, metadata={"help": "processes that split the model's heads"})
     offload_activations: bool = field(default=False, metadata={"help": "keep activations in the CPU's memory"})
     lora: bool = field(default=False, metadata={"help": "train LoRA adapters on q and k instead of W_Q and W_K"})
     lora_r: int = field(default=16, metadata={"help": "rank of LoRA"})
@@ -119,11 +121,16 @@ class ABFTConfig(TrainingArguments):
             )
         if self.restore_callback_states_from_checkpoint:
             raise ValueError("A and its history are always restored; leave restore_callback_states_from_checkpoint off")
-        prompts_at_once = self.per_device_train_batch_size * self.world_size
+        if self.tensor_parallel_size < 1 or self.world_size % self.tensor_parallel_size:
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} does not divide the {self.world_size} processes"
+            )
+        replicas = self.world_size // self.tensor_parallel_size
+        prompts_at_once = self.per_device_train_batch_size * replicas
         if self.pseudo_batch_size % prompts_at_once:
             raise ValueError(
                 f"pseudo_batch_size={self.pseudo_batch_size} is no multiple of per_device_train_batch_size="
-                f"{self.per_device_train_batch_size} × {self.world_size} processes; choose a batch size that divides it"
+                f"{self.per_device_train_batch_size} × {replicas} processes; choose a batch size that divides it"
             )
         steps = self.pseudo_batch_size // prompts_at_once
         if self.gradient_accumulation_steps not in (1, steps):
@@ -241,6 +248,20 @@ class ABFTTrainer(Trainer):
 
     def _check_engine(self) -> None:
         """What an engine that splits parameters can train."""
+        if self.get_tp_size() != self.args.tensor_parallel_size:
+            raise ValueError(
+                f"tensor_parallel_size={self.args.tensor_parallel_size}, but the model is split over "
+                f'{self.get_tp_size()} processes; load it with tp_plan="auto" under torchrun'
+            )
+        if self.args.tensor_parallel_size > 1:
+            apart = self.args.world_size > self.args.tensor_parallel_size
+            for what, given in (
+                ("per_head_mean", self.args.per_head_mean), ("lora", self.args.lora),
+                ("restricted_gradient and data parallelism", self.args.restricted_gradient and apart),
+                ("fused projections", any(item.fused for item in self.trained)),
+            ):  # fmt: skip
+                if given:
+                    raise NotImplementedError(f"tensor parallelism does not serve {what}; use data parallelism")
         version = getattr(getattr(self.accelerator.state, "fsdp_plugin", None), "fsdp_version", None)
         if self.is_fsdp_enabled and version != 2:
             raise NotImplementedError('FSDP 1 is not served; use FSDP 2 (fsdp_config={"version": 2})')
@@ -276,7 +297,9 @@ class ABFTTrainer(Trainer):
         for number, part in enumerate(parts, 1):
             with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, part, num_items_in_batch))
-        return torch.stack(losses).sum()
+        # Each process of a tensor-parallel group holds the loss of its own heads; what is logged is the mean of all.
+        heads_apart = self.args.tensor_parallel_size if self.args.method == "abft" else 1
+        return torch.stack(losses).sum() * heads_apart
 
     def compute_loss(
         self,
@@ -340,7 +363,7 @@ class ABFTTrainer(Trainer):
 
     def _reduce_gradients(self) -> None:
         """Restricted gradients arise outside of any data-parallel engine: their mean over the processes."""
-        if not self.args.restricted_gradient or self.args.world_size == 1:
+        if not self.args.restricted_gradient or self.args.world_size == self.args.tensor_parallel_size:
             return
         for parameter in self.model.parameters():  # type: ignore[union-attr]
             if parameter.grad is not None:
@@ -368,7 +391,7 @@ class ABFTTrainer(Trainer):
         totals = dict(zip(names, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
         self._step_sums = {}
         used_penalty = self.controller.wrong_penalty
-        head_count = totals["heads"] / totals["prompts"]
+        head_count = totals["heads"] / (totals["prompts"] / self.args.tensor_parallel_size)
         self.controller.update(head_count)
         heads = max(totals["heads"], 1.0)
         self._step_logs = {
@@ -419,6 +442,7 @@ class ABFTTrainer(Trainer):
         if not self.trained:
             super()._save(output_dir, state_dict)
             return
+        state_dict = whole_state_dict(self.accelerator.unwrap_model(self.model), self.trained, state_dict)
         if self.args.should_save:
             options = {key: value for key, value in asdict(self.args).items() if key in _RECORDED}
             model = self.accelerator.unwrap_model(self.model)

@@ -17,6 +17,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import abft.attention as _adapter
@@ -49,6 +50,23 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
 def is_trained_folder(folder: str | os.PathLike[str]) -> bool:
     """Whether `folder` holds trained W_Q / W_K or a PEFT adapter."""
     return any((Path(folder) / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
+
+
+def whole_state_dict(
+    model: PreTrainedModel, trained: list[TrainedParameter], state_dict: dict[str, Tensor] | None = None
+) -> dict[str, Tensor] | None:
+    """The trained parameters put together, if processes hold parts of them; all processes must call this.
+
+    `state_dict`, if given, is taken for whole.
+    """
+    parameters = dict(model.named_parameters())
+    if state_dict is not None or not any(isinstance(parameters[item.name], DTensor) for item in trained):
+        return state_dict
+    return {item.name: _whole(parameters[item.name].detach()) for item in trained}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def save_trained(
@@ -128,6 +146,8 @@ def load_trained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
         )
     for name, tensor in tensors.items():
         target = targets[name].view(parameters[name])
+        if isinstance(target, DTensor):
+            tensors[name] = tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
         if target.shape != tensor.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)} in {folder} but {tuple(target.shape)} in the model; it was "

@@ -12,6 +12,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from tiny_models import tiny
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from abft.training import ABFTConfig, ABFTTrainer
 
@@ -28,10 +29,15 @@ def main(folder: Path) -> None:
     prompts, builder = torch.load(folder / "prompts.pt", weights_only=False)
     for run in json.loads((folder / "runs.json").read_text()):
         args = ABFTConfig(output_dir=str(folder / "output" / run["name"]), **run["options"])
-        if run["options"].get("fsdp"):
-            # accelerate gives its FSDP engine to GPUs only; the engine itself runs on gloo.
+        if args.fsdp or args.tensor_parallel_size > 1:
+            # accelerate gives these engines to GPUs only; the engines themselves run on gloo.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        trainer = ABFTTrainer(tiny(run["kind"], spread=0.7), args, prompts, builder)
+        model = tiny(run["kind"], spread=0.7)
+        if args.tensor_parallel_size > 1:
+            model.save_pretrained(folder / "base", is_main_process=args.process_index == 0)
+            torch.distributed.barrier()
+            model = AutoModelForCausalLM.from_pretrained(folder / "base", tp_plan="auto")
+        trainer = ABFTTrainer(model, args, prompts, builder)
         trainer.train(resume_from_checkpoint=run.get("resume"))
         trainer.save_model(str(folder / "final" / run["name"]))
         model = trainer.accelerator.unwrap_model(trainer.model)
