@@ -40,8 +40,10 @@ _KERNELS = {"fused": ("forward", "backward_kv", "backward_q"), "rows": ("rows",)
 
 def widest_head_tile(operator: str, element_size: int, groups: int, device: torch.device) -> int:
     """The widest head tile that `operator` ("fused" or "rows") has launches for; 0 if none."""
-    tables = [TABLE[kernel, element_size, architecture(device)] for kernel in _KERNELS[operator]]
-    return min(max((width for width, most, _ in entries if groups <= most), default=0) for entries in tables)
+    arch, widest = architecture(device), []
+    for kernel in _KERNELS[operator]:  # in words that torch.compile traces
+        widest.append(max([width for width, most, _ in TABLE[kernel, element_size, arch] if groups <= most] + [0]))
+    return min(widest)
 
 
 def launch_config(kernel: str, head_tile: int, element_size: int, groups: int, device: torch.device) -> Launch:

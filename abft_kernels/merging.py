@@ -18,7 +18,8 @@ def merge_masses(
     .. math:: \mathrm{lse} = \log \sum_s e^{\mathrm{lse}_s}, \qquad
               \mathrm{mass} = \sum_s \mathrm{mass}_s \, e^{\mathrm{lse}_s - \mathrm{lse}}, \qquad \text{out likewise}
 
-    Differentiable in every argument, so that dmass and dlse of each shard follow. A sink is a shard of its own, of mass 0 and with its score for LSE.
+    Differentiable in every argument, so that dmass and dlse of each shard follow. A sink is a shard of its own, of
+    mass 0 and with its score for LSE.
 
     Args:
         masses: mass `(…, G)` of each shard, from the same rows and groups.
