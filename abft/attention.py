@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
@@ -303,6 +304,9 @@ def _mask(
             f"the cache holds {kv_length} keys for queries that end at {q_offset + q_length}: the 'abft' attention "
             "aligns the last query with the last key; use the default DynamicCache"
         )
+    if isinstance(torch.empty(0, device=device), FakeTensor):  # shapes without values (`abft plan`): no padding
+        bites = local_size is not None and local_size < kv_length
+        return Bounds(window=local_size) if bites else None
     bounds = Bounds(dropped=int(kv_offset))
     ends = [kv_offset + kv_length] * batch_size
     starts = [kv_offset] * batch_size

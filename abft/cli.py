@@ -1,12 +1,14 @@
-"""The command line: `abft doctor | train | eval | demo`."""
+"""The command line: `abft doctor | train | eval | plan | merge | demo`."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ _USAGE = """usage: abft COMMAND [OPTIONS]
   doctor   what is installed, and which attention-mass backends work here
   train    train W_Q and W_K of a model with ABFT, or its E2E baseline, on labelled texts
   eval     in-context accuracy, macro-F1, likelihood, ECE and induction heads, before and after training
+  plan     memory by part, what fits, the longest context and a launch line, from a model's configuration alone
+  merge    write the base with what was trained merged into it, as a model folder of its own
   demo     train and evaluate the built-in model; no download, no GPU
 
   abft COMMAND --help    options of a command
@@ -51,6 +55,9 @@ class PromptOptions:
             "help": "float32, bfloat16 or float16; auto: the model's own, but float32 to train W_Q and W_K in full"
         },
     )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "the base in 4-bit NF4, double quantisation (bitsandbytes); needs --lora True"}
+    )
 
 
 @dataclass(kw_only=True)
@@ -75,6 +82,31 @@ class EvalOptions(PromptOptions):
     batch_size: int = field(default=32, metadata={"help": "prompts per forward pass"})
     output: str = field(default="eval.json", metadata={"help": "JSON to write, with a picture of the heads beside it"})
     quiet: bool = field(default=False, metadata={"help": "no progress bars"})
+
+
+@dataclass(kw_only=True)
+class PlanOptions:
+    """What is to run, and on what."""
+
+    model: str = field(metadata={"help": "model folder, its config.json, or a name on the Hugging Face Hub"})
+    context: int = field(default=2048, metadata={"help": "tokens of one pass: of a prompt, or of packed prompts"})
+    mode: str = field(default="full", metadata={"help": "full or restricted gradients, e2e, or inference (evaluation)"})
+    precision: str = field(default="bfloat16", metadata={"help": "of the base: float32, bfloat16, float16 or nf4"})
+    lora: bool = field(default=False, metadata={"help": "train LoRA adapters; always with nf4"})
+    lora_r: int = field(default=16, metadata={"help": "rank of LoRA"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute each layer in the backward pass"})
+    gpus: int = field(default=1, metadata={"help": "GPUs"})
+    gpu_memory: float = field(default=80.0, metadata={"help": "GiB of each GPU"})
+
+
+@dataclass(kw_only=True)
+class MergeOptions:
+    """What is merged into what."""
+
+    model: str = field(metadata={"help": "base model: a local folder or a name on the Hugging Face Hub"})
+    trained: str = field(metadata={"help": "folder that `abft train` wrote"})
+    output_dir: str = field(metadata={"help": "folder to write; must not exist"})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16 or float16; auto: the model's own"})
 
 
 @dataclass
@@ -113,16 +145,37 @@ def _known_labels(options: PromptOptions) -> Sequence[str] | None:
     return None
 
 
-def _load_base(options: PromptOptions) -> tuple[Any, Any]:
+def _load_base(options: PromptOptions, **more: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import abft.attention
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=options.dtype, attn_implementation=abft.attention.ATTENTION
+        options.model, attn_implementation=abft.attention.ATTENTION, **_loading(options), **more
     )
     return model, tokenizer
+
+
+def _loading(options: PromptOptions) -> dict[str, Any]:
+    """How the base is loaded: its dtype, or 4 bits."""
+    if not options.load_in_4bit:
+        return {"dtype": options.dtype}
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+    dtype = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"dtype": dtype, "quantization_config": config, "device_map": {"": _local_device()}}
+
+
+def _local_device() -> str | int:
+    """The device of this process, one of several under torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if _device() == "cuda" else "cpu"
 
 
 def _builder(model: Any, tokenizer: Any, task: Any) -> Any:
@@ -164,6 +217,8 @@ def _train(arguments: Sequence[str]) -> int:
     console = Console()
     if config.output_dir is None:
         raise ValueError("--output_dir is missing: give the folder to write")
+    if options.load_in_4bit and not config.lora:
+        raise ValueError("--load_in_4bit freezes W_Q and W_K: train adapters on them with --lora True")
     if is_trained_folder(config.output_dir):
         raise ValueError(
             f"output_dir {config.output_dir!r} already holds a finished run; choose another, or delete it to train anew"
@@ -188,7 +243,8 @@ def _train(arguments: Sequence[str]) -> int:
     if options.dtype == "auto" and not config.lora:
         options.dtype = "float32"  # bfloat16 would round most of the updates away
 
-    model, tokenizer = _load_base(options)
+    split = {"tp_plan": "auto"} if config.tensor_parallel_size > 1 else {}
+    model, tokenizer = _load_base(options, **split)
     builder = _builder(model, tokenizer, _task(options, labels))
     prompts = sample_prompts(builder, parts["queries"], pool, options.k, options.prompt_seed)
     progress = TrainingProgress(config.method.upper(), enabled=not config.disable_tqdm)
@@ -236,8 +292,9 @@ def _eval(arguments: Sequence[str]) -> int:
     statistics = {}
     for name in ["vanilla", *options.trained]:
         if name != "vanilla":
-            model = from_pretrained(name, options.model, dtype=options.dtype)
-        model.to(_device())
+            model = from_pretrained(name, options.model, **_loading(options))
+        if not options.load_in_4bit:  # which is where it belongs already
+            model.to(_device())
         metrics = evaluate(model, prompts, builder, **shared).to_dict()
         statistics[name] = head_statistics(model, prompts, builder, **shared)
         runs[name] = {**metrics, **statistics[name].to_dict()}
@@ -248,6 +305,24 @@ def _eval(arguments: Sequence[str]) -> int:
         picture = Path(options.output).with_suffix("").as_posix() + f"-{Path(name).name}.png"
         save_figure(head_figure(statistics["vanilla"], statistics[name], ("vanilla", Path(name).name)), picture)
     console.print(f"written: {options.output}")
+    return 0
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    from abft.plan import plan
+
+    (options,) = _parse("plan", arguments, PlanOptions)
+    result = plan(**dataclasses.asdict(options))
+    Console(width=110).print(*result.tables(), sep="\n")
+    return 0 if result.fits else 1
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    from abft.weights import merge
+
+    (options,) = _parse("merge", arguments, MergeOptions)
+    merge(options.model, options.trained, options.output_dir, dtype=options.dtype)
+    Console().print(f"{options.model} with {options.trained} merged into it: {options.output_dir}")
     return 0
 
 
@@ -284,6 +359,8 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": _doctor,
     "train": _train,
     "eval": _eval,
+    "plan": _plan,
+    "merge": _merge,
     "demo": _demo,
 }
 
@@ -306,6 +383,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"abft {arguments[0]}: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch is not imported for the commands that need none
+            raise
+        print(f"abft {arguments[0]}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"abft {arguments[0]}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

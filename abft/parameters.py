@@ -16,27 +16,33 @@ __all__ = ["TrainedParameter", "find_qk", "lora_qk", "train_qk"]
 
 @dataclass(frozen=True)
 class TrainedParameter:
-    """A parameter that holds W_Q or W_K: whole, or its first `length` entries along `dim` if q, k and v are fused.
+    """A parameter that holds W_Q or W_K: whole, or some entries along `dim` if q, k and v are fused.
 
     Args:
         name: full name in the model's `state_dict`.
         dim: the output dimension of a fused projection; None if the whole parameter is trained.
-        length: entries along `dim` that belong to q and k; they come first.
+        length: entries along `dim`, of each block, that belong to q and k.
+        start: the first of them.
+        blocks: equal parts of `dim`, the heads, where a projection holds q, k and v head by head.
     """
 
     name: str
     dim: int | None = None
     length: int | None = None
+    start: int = 0
+    blocks: int = 1
 
     @property
     def fused(self) -> bool:
         return self.dim is not None
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The trained part of `tensor`, without a copy."""
+        """The trained part of `tensor`, without a copy; with several blocks they are a dimension of their own."""
         if self.dim is None or self.length is None:
             return tensor
-        return tensor.narrow(self.dim, 0, self.length)
+        if self.blocks == 1:
+            return tensor.narrow(self.dim, self.start, self.length)
+        return tensor.unflatten(self.dim, (self.blocks, -1)).narrow(self.dim + 1, self.start, self.length)
 
 
 def _of_module(name: str, module: nn.Module) -> list[TrainedParameter]:
@@ -45,10 +51,22 @@ def _of_module(name: str, module: nn.Module) -> list[TrainedParameter]:
         return [TrainedParameter(f"{name}.{child}.weight") for child in ("q_proj", "k_proj")]
     if isinstance(fused := children.get("c_attn"), Conv1D) and fused.nf == 3 * fused.nx:
         return [TrainedParameter(f"{name}.c_attn.weight", dim=1, length=2 * fused.nx)]  # Conv1D: (in, out)
+    config: Any = getattr(module, "config", None)
+    if type(module).__name__.startswith("GPTNeoX") and "query_key_value" in children:
+        head_dim = config.hidden_size // config.num_attention_heads
+        return [TrainedParameter(f"{name}.query_key_value.weight", 0, 2 * head_dim, blocks=config.num_attention_heads)]
+    if {"kv_a_proj_with_mqa", "kv_b_proj"} <= children.keys():  # multi-head latent attention, as in DeepSeek-V3
+        queries = [child for child in ("q_proj", "q_a_proj", "q_b_proj") if children.get(child) is not None]
+        latent, rope, heads = config.kv_lora_rank, config.qk_rope_head_dim, config.num_attention_heads
+        return [
+            *(TrainedParameter(f"{name}.{child}.weight") for child in queries),
+            # The latent itself feeds v as well: of what makes it, the rotary keys alone are W_K.
+            TrainedParameter(f"{name}.kv_a_proj_with_mqa.weight", 0, rope, start=latent),
+            TrainedParameter(f"{name}.kv_b_proj.weight", 0, config.qk_nope_head_dim, blocks=heads),
+        ]
     fused = children.get("qkv_proj")
     # Elsewhere (CodeGen, MiniMax) a projection of this name interleaves q, k and v by head.
     if isinstance(fused, nn.Linear) and type(module).__name__.startswith(("Phi3", "Phi4")):
-        config: Any = module.config
         head_dim = fused.out_features // (config.num_attention_heads + 2 * config.num_key_value_heads)
         rows = head_dim * (config.num_attention_heads + config.num_key_value_heads)
         return [TrainedParameter(f"{name}.qkv_proj.weight", dim=0, length=rows)]
@@ -56,7 +74,7 @@ def _of_module(name: str, module: nn.Module) -> list[TrainedParameter]:
 
 
 def find_qk(model: nn.Module) -> list[TrainedParameter]:
-    """The parameters that hold W_Q and W_K, one or two per attention layer, in the model's order.
+    """The parameters that hold W_Q and W_K, one or more per attention layer, in the model's order.
 
     Raises:
         ValueError: not every layer has projections of a known form.
@@ -72,8 +90,8 @@ def find_qk(model: nn.Module) -> list[TrainedParameter]:
     if not found or layers != expected:
         raise ValueError(
             f"found q and k projections in {layers} of {expected} layers of {type(model).__name__}; known are "
-            "q_proj and k_proj, GPT-2's c_attn, and qkv_proj. For other names train with LoRA and name them "
-            "(lora_target_modules)"
+            "q_proj and k_proj, GPT-2's c_attn, GPT-NeoX's query_key_value, Phi's qkv_proj and latent attention (MLA). "
+            "For other names train with LoRA and name them (lora_target_modules)"
         )
     return found
 

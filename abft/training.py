@@ -31,7 +31,7 @@ from abft.losses import ABFTLoss, Adaption, HeadCountController, abft_loss
 from abft.masses import forward, layer_masses
 from abft.parameters import TrainedParameter, lora_qk, train_qk
 from abft.prompts import Prompt, PromptBuilder, PromptCollator
-from abft.weights import load_trained, save_trained, whole_state_dict
+from abft.weights import load_trained, read_config, save_trained, whole_state_dict
 
 __all__ = ["ABFTConfig", "ABFTTrainer", "Method", "last_complete_checkpoint"]
 
@@ -295,8 +295,11 @@ class ABFTTrainer(Trainer):
         parts = inputs.get("parts", [inputs])
         losses = []
         for number, part in enumerate(parts, 1):
-            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
+            try:
+                with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, part, num_items_in_batch))
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(_out_of_memory(error, part, self.args)) from error
         # Each process of a tensor-parallel group holds the loss of its own heads; what is logged is the mean of all.
         heads_apart = self.args.tensor_parallel_size if self.args.method == "abft" else 1
         return torch.stack(losses).sum() * heads_apart
@@ -452,11 +455,35 @@ class ABFTTrainer(Trainer):
         if not self.trained or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        method = read_config(resume_from_checkpoint).get("method")
+        if method != self.args.method:
+            raise ValueError(
+                f"{resume_from_checkpoint} is of a run with method={method!r}, this one has {self.args.method!r}; give "
+                "it an output_dir of its own"
+            )
         load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _out_of_memory(error: BaseException, inputs: dict[str, Tensor], args: ABFTConfig) -> str:
+    """What did not fit, and the options that would save most, first those that change no result."""
+    prompts, tokens = len(inputs["labels"]), inputs["input_ids"].numel()
+    advice = []
+    if prompts > 1:
+        advice.append("packing=True with tokens_per_batch below that" if args.packing else "packing=True, or "
+                      f"per_device_train_batch_size below {args.per_device_train_batch_size}")  # fmt: skip
+    if not args.restricted_gradient and not args.gradient_checkpointing:
+        advice.append("gradient_checkpointing=True")
+    if args.method == "abft" and not args.restricted_gradient:
+        advice.append("restricted_gradient=True")
+    advice.append("more GPUs (FSDP or tensor parallelism), or a 4-bit base with lora=True")
+    return (
+        f"out of memory in a pass of {prompts} prompts and {tokens} tokens. In this order: {'; '.join(advice)}. "
+        f"`abft plan` says beforehand what fits. ({str(error).splitlines()[0]})"
+    )
 
 
 def _check_lengths(model: PreTrainedModel, args: ABFTConfig, prompts: Sequence[Prompt]) -> None:

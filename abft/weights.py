@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import abft.attention as _adapter
 from abft.parameters import TrainedParameter, find_qk
 
-__all__ = ["from_pretrained", "is_trained_folder", "load_trained", "save_trained", "write_json"]
+__all__ = ["from_pretrained", "is_trained_folder", "load_trained", "merge", "save_trained", "write_json"]
 
 WEIGHTS = "qk_weights.safetensors"
 CONFIG = "abft_config.json"
@@ -181,3 +182,29 @@ def from_pretrained(
     kwargs.setdefault("attn_implementation", _adapter.ATTENTION)
     model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
     return load_trained(model, folder)
+
+
+def merge(
+    base_model: str, trained: str | os.PathLike[str], output_dir: str | os.PathLike[str], dtype: str = "auto"
+) -> None:
+    """Writes the base with what `trained` holds merged into it: a model folder that needs nothing of this package.
+
+    Adapters of a 4-bit base are merged into the base at `dtype`. The folder appears whole or not at all.
+
+    Raises:
+        FileExistsError: `output_dir` exists.
+        FileNotFoundError, ValueError: as :func:`from_pretrained`.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists():
+        raise FileExistsError(f"{output_dir} exists; choose another folder, or delete it")
+    model = from_pretrained(trained, base_model, dtype=dtype, attn_implementation=None)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
+        whole = Path(temporary) / "model"
+        model.save_pretrained(whole)
+        with suppress(OSError, ValueError):  # a base without a tokenizer is merged all the same
+            AutoTokenizer.from_pretrained(base_model).save_pretrained(whole)
+        os.replace(whole, output_dir)

@@ -269,8 +269,8 @@ def attention(
 ) -> Tensor:
     """Plain attention under the masks of :func:`mass_attention`, with no N × N mask for any of them.
 
-    Arguments as there. `"auto"` takes PyTorch's fastest kernel where it can compute this (causal or full, padded or
-    packed), and otherwise Triton on a GPU and rows a few at a time elsewhere. Returns out `(B, H, N_q, D_v)`.
+    Arguments as there. `"auto"` takes PyTorch's fastest kernel where it can compute this (causal or full, padded, and
+    packed on a CPU), and otherwise Triton on a GPU and rows a few at a time elsewhere. Returns out `(B, H, N_q, D_v)`.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`mass_attention`.
@@ -286,8 +286,9 @@ def attention(
     if chosen == "reference":
         no_group = torch.full((k.shape[0], k.shape[2]), -1, device=k.device)
         return reference.mass_attention_reference(q, k, v, no_group, 0, dropout_seed=call.options.seed, **shared)[0]
-    plain = sdpa.is_plain(q.shape[2], k.shape[2], call.extras, call.options, call.seeded)
-    if backend in ("auto", "torch") and plain:
+    # Packed sequences reach PyTorch's attention padded or one by one; the Triton kernel takes them as they are.
+    through_pytorch = backend == "torch" or (backend == "auto" and not (chosen == "triton" and call.options.packed))
+    if through_pytorch and sdpa.is_plain(q.shape[2], k.shape[2], call.extras, call.options, call.seeded):
         return sdpa.attention_output(q, k, v, call.extras, call.options)
     return ops.mass_attention_op(q, k, v, *call.extras, *call.options, chosen)[0]
 

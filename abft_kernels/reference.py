@@ -198,5 +198,6 @@ def gather_rows(q: Tensor, row_positions: Tensor, offset: int) -> Tensor:
     `offset` is the position of row 0. S is B, or any number of packed sequences over a batch of 1.
     """
     index = (row_positions.long() - offset).clamp(0, max(0, q.shape[2] - 1))
-    q = q.expand(index.shape[0], -1, -1, -1)
+    if q.shape[0] != index.shape[0]:  # an expanded q would have an expanded gradient
+        return q[0][:, index].transpose(0, 1)
     return q.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from abft_kernels.spec import Extras, Options
+from abft_kernels.unpacking import padded
 
 __all__ = ["attention_output", "is_plain"]
 
@@ -65,6 +66,10 @@ def attention_output(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: O
 def _packed(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -> Tensor:
     assert extras.starts is not None
     assert extras.ends is not None
+    batch = padded(extras.starts, extras.ends, q.shape[2]) if options.causal else None
+    if batch is not None:  # padding stands behind a sequence, where no row of it looks
+        out = _sdpa(batch.spread(q), batch.spread(k), batch.spread(v), options, None, True)
+        return batch.join(out, q.shape[2])
     pieces = []
     for start, end in zip(extras.starts.tolist(), extras.ends.tolist(), strict=True):
         one = slice(start, end)

@@ -15,6 +15,7 @@ from torch import Tensor
 from abft_kernels.merging import sink_gradient
 from abft_kernels.philox import dropout_keep
 from abft_kernels.spec import Extras, Options
+from abft_kernels.unpacking import Padded, padded
 
 # Scores held at once; it only trades time for memory.
 _SCORE_ELEMENTS = 1 << 24
@@ -289,11 +290,33 @@ def _from_key_0(positions: Tensor, options: Options) -> Tensor:
     return torch.where(positions < 0, _ABSENT, positions - options.offset)
 
 
+def _as_batch(
+    k: Tensor, positions: Tensor, extras: Extras, options: Options
+) -> tuple[Padded, Tensor, Tensor, Extras, Options] | None:
+    """Packed sequences as a padded batch of keys, positions counted in it; None where the loop is better."""
+    if not options.packed or extras.starts is None or extras.ends is None:
+        return None
+    batch = padded(extras.starts, extras.ends, k.shape[2])
+    if batch is None:
+        return None
+    inside = (positions >= extras.starts[:, None]) & (positions < extras.ends[:, None])
+    positions = torch.where(inside, positions - extras.starts[:, None], _ABSENT)
+    extras = extras._replace(
+        groups=None if extras.groups is None else batch.spread_keys(extras.groups, -1),
+        weights=None if extras.weights is None else batch.spread_keys(extras.weights, 0.0),
+        starts=None, ends=batch.lengths,
+    )  # fmt: skip
+    return batch, batch.spread(k), positions, extras, options._replace(packed=False)
+
+
 def row_mass_forward(
     q: Tensor, k: Tensor, positions: Tensor, extras: Extras, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Mass `(S, H, R, G)` and natural-log LSE `(S, H, R)` of the rows, float32 (float64 for float64)."""
-    return _forward(q, k, None, _from_key_0(positions, options), extras, options, False)[1:]
+    positions = _from_key_0(positions, options)
+    if (batch := _as_batch(k, positions, extras, options)) is not None:
+        _, k, positions, extras, options = batch
+    return _forward(q, k, None, positions, extras, options, False)[1:]
 
 
 def row_mass_backward(
@@ -309,22 +332,15 @@ def row_mass_backward(
     weights_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq `(S, H, R, D)`, dk `(B, H_kv, N, D)`, dweights and dsinks."""
+    positions, length = _from_key_0(positions, options), k.shape[2]
+    if (batch := _as_batch(k, positions, extras, options)) is not None:
+        _, k, positions, extras, options = batch
     dq, dk, _, dw, dsinks = _backward(
-        None,
-        dmass,
-        dlse,
-        q,
-        k,
-        None,
-        _from_key_0(positions, options),
-        extras,
-        None,
-        mass,
-        lse,
-        options,
-        weights_wanted,
-        False,
+        None, dmass, dlse, q, k, None, positions, extras, None, mass, lse, options, weights_wanted, False
     )
+    if batch is not None:
+        dk = batch[0].join(dk, length)
+        dw = batch[0].join(dw, length) if dw.numel() else dw
     return dq, dk, dw, dsinks
 
 

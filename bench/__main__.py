@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-CASES = ("memory", "precision", "aot")
+CASES = ("memory", "training", "precision", "aot")
 GPU_SUITES = ("correctness", "kernels", "rows", "memory", "flex", "precision")
 
 

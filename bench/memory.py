@@ -20,6 +20,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +90,13 @@ def _step(method: str, length: int) -> Any:
     return step
 
 
-def measure(method: str, length: int) -> dict[str, Any]:
-    """One pass in this process: bytes above the memory before it, and seconds."""
+def measure(make: Callable[[int], Callable[[], None]], length: int) -> dict[str, Any]:
+    """One pass of `make(length)` in this process: bytes above the memory before it, and seconds."""
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    _step(method, 64)()  # loads the libraries and their buffers
-    step = _step(method, length)
+    make(64)()  # loads the libraries and their buffers
+    step = make(length)
     gc.collect()
     reset = _reset_peak()
     before = _status("VmRSS") if reset else _peak()
@@ -106,10 +107,11 @@ def measure(method: str, length: int) -> dict[str, Any]:
     return {"bytes": max(0, after - before), "seconds": seconds}
 
 
-def _in_process_of_its_own(method: str, length: int) -> dict[str, Any]:
+def in_process_of_its_own(module: str, method: str, length: int) -> dict[str, Any]:
+    """What `python -m bench.MODULE METHOD LENGTH` prints last, as JSON; one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "bench.memory", method, str(length)],
+        [sys.executable, "-m", f"bench.{module}", method, str(length)],
         cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -122,7 +124,9 @@ def collect(lengths: tuple[int, ...] = LENGTHS, repeats: int = 3, log: Any = pri
     rows: list[dict[str, Any]] = []
     for length in lengths:
         # The methods in turn, so that a busy spell of the machine hits all of them.
-        rounds = [{method: _in_process_of_its_own(method, length) for method in METHODS} for _ in range(repeats)]
+        rounds = [
+            {method: in_process_of_its_own("memory", method, length) for method in METHODS} for _ in range(repeats)
+        ]
         for method in METHODS:
             memory, seconds = (spread([done[method][key] for done in rounds]) for key in ("bytes", "seconds"))
             rows.append({"method": method, "tokens": length, "bytes": memory, "seconds": seconds})
@@ -161,4 +165,4 @@ def run(out_dir: Path, repeats: int = 3) -> Path:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(measure(lambda length: _step(sys.argv[1], length), int(sys.argv[2]))))

@@ -16,6 +16,17 @@ EXPECTED = {
     "qwen2": SPLIT,
     "phi3": [(f"model.layers.{i}.self_attn.qkv_proj.weight", 0, 32 + 16) for i in (0, 1)],
     "gpt2": [(f"transformer.h.{i}.attn.c_attn.weight", 1, 64) for i in (0, 1)],
+    "gpt_neox": [(f"gpt_neox.layers.{i}.attention.query_key_value.weight", 0, 16) for i in (0, 1)],
+    "deepseek_v3": [
+        (f"model.layers.{i}.self_attn.{name}.weight", dim, length)
+        for i in (0, 1)
+        for name, dim, length in (
+            ("q_a_proj", None, None),
+            ("q_b_proj", None, None),
+            ("kv_a_proj_with_mqa", 0, 8),
+            ("kv_b_proj", 0, 8),
+        )
+    ],
 }
 
 
@@ -70,6 +81,31 @@ def test_fused_parts_are_query_and_key():
     assert torch.equal(item.view(weight), weight[:48])
 
 
+def test_parts_of_heads_are_query_and_key():
+    """Zeroing the trained part leaves the values of each head, and of the latent attention the latent."""
+    neox = tiny("gpt_neox", seed=1)
+    attention = neox.gpt_neox.layers[0].attention
+    x = torch.randn(3, 32)
+    before = attention.query_key_value(x).view(3, 4, 3, 8)
+    with torch.no_grad():
+        find_qk(neox)[0].view(attention.query_key_value.weight).zero_()
+    after = (attention.query_key_value(x) - attention.query_key_value.bias).view(3, 4, 3, 8)
+    assert after[:, :, :2].count_nonzero() == 0
+    torch.testing.assert_close(after[:, :, 2], before[:, :, 2])
+
+    latent = tiny("deepseek_v3", seed=1)
+    attention, items = latent.model.layers[0].self_attn, {p.name.split(".")[-2]: p for p in find_qk(latent)}
+    a, b = attention.kv_a_proj_with_mqa, attention.kv_b_proj
+    before_a, before_b = a(x), b(x[:, :8]).view(3, 4, 20)
+    with torch.no_grad():
+        items["kv_a_proj_with_mqa"].view(a.weight).zero_()
+        items["kv_b_proj"].view(b.weight).zero_()
+    assert torch.equal(a(x)[:, :8], before_a[:, :8])
+    assert a(x)[:, 8:].count_nonzero() == 0
+    assert torch.equal(b(x[:, :8]).view(3, 4, 20)[..., 8:], before_b[..., 8:])
+    assert b(x[:, :8]).view(3, 4, 20)[..., :8].count_nonzero() == 0
+
+
 def test_view_shares_memory():
     tensor = torch.zeros(4, 6)
     TrainedParameter("x", 1, 2).view(tensor).fill_(1)
@@ -96,9 +132,8 @@ def codegen():
     return AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize("make", [lambda: tiny("gpt_neox"), codegen])
-def test_unknown_projections_raise(make):
-    model = make()
+def test_unknown_projections_raise():
+    model = codegen()
     with pytest.raises(ValueError, match="found q and k projections in 0 of 2 layers of"):
         find_qk(model)
     with pytest.raises(ValueError, match="lora_target_modules"):
@@ -149,8 +184,8 @@ def test_lora_trains_its_own_tensors_on_query_and_key():
 
 
 def test_lora_with_named_targets_on_an_unknown_model():
-    wrapped = lora_qk(tiny("gpt_neox"), target_modules=["query_key_value"])
-    assert any("query_key_value.lora_A" in name for name, p in wrapped.named_parameters() if p.requires_grad)
+    wrapped = lora_qk(codegen(), target_modules=["qkv_proj"])
+    assert any("qkv_proj.lora_A" in name for name, p in wrapped.named_parameters() if p.requires_grad)
 
 
 def test_lora_errors():

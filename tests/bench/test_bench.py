@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.memory import _in_process_of_its_own, collect
+from bench.memory import collect, in_process_of_its_own
 from bench.provenance import provenance, spread, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -17,17 +17,17 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux' /proc")
 def test_memory_is_a_fraction_of_eager():
     """Twice the tokens in less than half of eager attention's memory; at 8,192 tokens each it is a twentieth."""
-    eager, abft = (_in_process_of_its_own(*what)["bytes"] for what in (("eager", 2048), ("abft", 4096)))
+    eager, abft = (in_process_of_its_own("memory", *what)["bytes"] for what in (("eager", 2048), ("abft", 4096)))
     assert 0 < abft < eager / 2
 
 
 def test_memory_rows(monkeypatch):
     """The rows, ratios and exponents of made-up measurements."""
 
-    def made_up(method, length):
+    def made_up(module, method, length):
         return {"bytes": length**2 if method == "eager" else 8 * length, "seconds": length / 1000}
 
-    monkeypatch.setattr("bench.memory._in_process_of_its_own", made_up)
+    monkeypatch.setattr("bench.memory.in_process_of_its_own", made_up)
     found = collect((64, 128, 256), repeats=2, log=lambda line: None)
     assert len(found["rows"]) == 9
     assert found["ratios"][-1]["memory_abft_to_eager"] == 8 / 256
@@ -39,7 +39,7 @@ def test_list_of_cases():
     done = subprocess.run(
         [sys.executable, "-m", "bench"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["memory", "precision", "aot", "--gpu"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["memory", "training", "precision", "aot", "--gpu"]
 
 
 def test_results_say_where_they_come_from(tmp_path):
