@@ -206,8 +206,13 @@ def plan(
         layers = config.get_text_config().num_hidden_layers
         # Linear in the tokens from some hundreds on; two points give the line.
         low, high = min(context, 1024), min(max(context, 2048), limit)
-        at_low, at_high = (_activations(whole, tokens, mode) for tokens in (low, high))
-        here = at_high if context == high else _activations(whole, context, mode)
+        try:
+            at_low, at_high = (_activations(whole, tokens, mode) for tokens in (low, high))
+            here = at_high if context == high else _activations(whole, context, mode)
+        except RuntimeError as error:  # operators that PyTorch has no shapes for: mixtures of experts in float32
+            raise NotImplementedError(
+                f"PyTorch cannot run {type(base).__name__} in {precision} on shapes alone ({error}); try bfloat16"
+            ) from error
     slope = (at_high - at_low) / max(1, high - low)
     kept = 0.0 if mode == "inference" else 3.0 * trained  # gradient, and Adam's two moments
     strategy, split = _strategy(mode, gpus, weights + kept + here + unpacked + RESERVED, gpu_memory * GIB)

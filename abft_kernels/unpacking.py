@@ -39,10 +39,11 @@ class Padded(NamedTuple):
 
 
 def padded(starts: Tensor, ends: Tensor, length: int) -> Padded | None:
-    """The padded batch of the sequences `starts … ends − 1` of `length` tokens; None if it would be mostly padding."""
+    """The padded batch of the sequences `starts … ends − 1` of `length` tokens; None if it would be mostly padding,
+    or is one sequence."""
     lengths = ends.long() - starts.long()
     longest = int(lengths.amax()) if lengths.numel() else 0
-    if longest == 0 or longest * lengths.numel() > _MOST_PADDING * length:
+    if lengths.numel() < 2 or longest == 0 or longest * lengths.numel() > _MOST_PADDING * length:
         return None
     places = torch.arange(longest, device=starts.device)
     index = (starts.long()[:, None] + places).clamp(max=length - 1)

@@ -107,9 +107,14 @@ def measure(make: Callable[[int], Callable[[], None]], length: int) -> dict[str,
     return {"bytes": max(0, after - before), "seconds": seconds}
 
 
-def in_process_of_its_own(module: str, method: str, length: int) -> dict[str, Any]:
-    """What `python -m bench.MODULE METHOD LENGTH` prints last, as JSON; one thread."""
+def in_process_of_its_own(module: str, method: str, length: int, returns_memory: bool = False) -> dict[str, Any]:
+    """What `python -m bench.MODULE METHOD LENGTH` prints last, as JSON; one thread.
+
+    `returns_memory`: glibc gives every tensor's memory back at once, so that resident memory is live memory; slower.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if returns_memory:
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     done = subprocess.run(
         [sys.executable, "-m", f"bench.{module}", method, str(length)],
         cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False,

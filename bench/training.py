@@ -107,11 +107,17 @@ def planned(method: str, length: int) -> int:
     return int(parts["activations"] + parts["gradients and Adam"] / 3)
 
 
+def _both(method: str, length: int) -> dict[str, float]:
+    """Bytes and seconds, from two processes: the one whose memory is exact is slower."""
+    memory = in_process_of_its_own("training", method, length, returns_memory=True)["bytes"]
+    return {"bytes": memory, "seconds": in_process_of_its_own("training", method, length)["seconds"]}
+
+
 def collect(lengths: tuple[int, ...] = LENGTHS, repeats: int = 3, log: Any = print) -> dict[str, Any]:
     """Rows by method and length (0: the paper's pseudo-batch), and ratios."""
     rows: list[dict[str, Any]] = []
     for length in (0, *lengths):
-        rounds = [{m: in_process_of_its_own("training", m, length) for m in METHODS} for _ in range(repeats)]
+        rounds = [{m: _both(m, length) for m in METHODS} for _ in range(repeats)]
         for method in METHODS:
             memory, seconds = (spread([done[method][key] for done in rounds]) for key in ("bytes", "seconds"))
             row = {"method": method, "tokens": length or "paper", "bytes": memory, "seconds": seconds}

@@ -432,3 +432,26 @@ def test_options_reach_the_loss(toy_prompts, toy_builder, tmp_path):
     assert loss(head_filter=False) > base
     assert 0 < loss(per_head_mean=True) < base
     assert loss(correct_award=2.0, wrong_penalty=1.0) == pytest.approx(2 * base)
+
+
+def test_out_of_memory_says_what_would_save_some(toy_prompts, toy_builder, tmp_path, monkeypatch):
+    trainer = trainer_of(tiny("llama"), toy_prompts, toy_builder, tmp_path)
+
+    def too_much(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(trainer, "compute_loss", too_much)
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory in a pass of 8 prompts and \d+ tokens") as caught:
+        trainer.train()
+    message = str(caught.value)
+    for advice in ("packing=True", "restricted_gradient=True", "gradient_checkpointing=True", "abft plan", "20.00 GiB"):
+        assert advice in message
+
+
+def test_a_checkpoint_of_another_method_is_refused(toy_prompts, toy_builder, tmp_path):
+    trained(tiny("llama"), toy_prompts, toy_builder, tmp_path, save_strategy="epoch", num_train_epochs=1)
+    with pytest.raises(ValueError, match="is of a run with method='abft', this one has 'e2e'"):
+        trained(
+            tiny("llama"), toy_prompts, toy_builder, tmp_path / "other", method="e2e",
+            resume=str(tmp_path / "checkpoint-2"),
+        )  # fmt: skip
