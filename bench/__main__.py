@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 CASES = ("memory", "training", "precision", "aot")
-GPU_SUITES = ("correctness", "kernels", "rows", "memory", "flex", "precision")
+GPU_SUITES = ("correctness", "kernels", "rows", "memory", "training", "flex", "precision")
 
 
 def _gpu(options: argparse.Namespace) -> int:

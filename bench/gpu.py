@@ -99,13 +99,15 @@ def collect(
 
 
 def _brief(row: dict[str, Any]) -> str:
-    what = " ".join(str(row[key]) for key in ("check", "name", "n", "head_dim", "heads", "labels") if key in row)
+    what = " ".join(
+        str(row[key]) for key in ("check", "model", "name", "prompts", "n", "head_dim", "heads", "labels") if key in row
+    )
     if "reason" in row:
         return f"{what}: {row['reason']}"
     shown = []
     for key, value in row.items():
         if isinstance(value, dict) and "median" in value:
             shown.append(f"{key} {value['median']:.3f}")
-        elif isinstance(value, float) or key in ("ok", "launches", "tests", "failures", "both_bytes"):
+        elif isinstance(value, float) or key in ("ok", "launches", "tests", "failures", "both_bytes", "peak_bytes"):
             shown.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
     return f"{what}: {', '.join(shown)}"

@@ -358,6 +358,14 @@ def exponent(points: list[tuple[float, float]]) -> float:
     return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
 
 
+def training(setting: Setting) -> Iterator[Row]:
+    """The step in real shapes."""
+    from bench.gpu_training import training as steps
+
+    yield from steps(setting.device, setting.budget, setting.tiny)
+
+
 SUITES: dict[str, Callable[[Setting], Iterator[Row]]] = {
-    "correctness": correctness, "kernels": kernels, "rows": rows, "memory": memory, "flex": flex,
+    "correctness": correctness, "kernels": kernels, "rows": rows, "memory": memory, "training": training,
+    "flex": flex,
 }  # fmt: skip

@@ -91,6 +91,37 @@ def _memory(result: dict[str, Any]) -> Verdict:
     return Verdict(what, f"n^{exponent(points):.2f}", exponent(points) <= 1.05)
 
 
+def _training(result: dict[str, Any]) -> list[Verdict]:
+    rows = _rows(result, "training")
+    speed = {(r["model"], r["name"], r["n"]): r["prompts_per_second"] for r in rows}
+    seven, lengths = "7B bf16", sorted({r["n"] for r in rows if r["prompts"] == 1})
+    survived = [n for n in lengths if (seven, "reference", n) in speed]
+    found = []
+    for what, n, factor in (("paper-like prompts", 200, 5), ("the longest prompt that the reference survives",
+                                                            survived[-1] if survived else 0, 10)):  # fmt: skip
+        ours = max((speed[seven, m, n] for m in ("full", "restricted") if (seven, m, n) in speed), default=None)
+        target = f"7B step, {what}: ≥ {factor} × the reference's prompts per second"
+        if ours is None or (seven, "reference", n) not in speed:
+            found.append(Verdict(target, "not measured", None))
+        else:
+            ratio = ours / speed[seven, "reference", n]
+            found.append(Verdict(target, f"{ratio:.3g}× at n = {n:,}", ratio >= factor))
+    for model, method, least in (
+        (seven, "full", 32768),
+        (seven, "restricted", 131072),
+        ("32B NF4", "restricted", 65536),
+    ):
+        reached = [n for n in lengths if (model, method, n) in speed]
+        target = f"{model}, {method} gradients: ≥ {least:,} tokens"
+        found.append(Verdict(target, f"{reached[-1]:,} tokens" if reached else "not measured",
+                             reached[-1] >= least if reached else None))  # fmt: skip
+    planned = [(100 * abs(r["planned_bytes"] / r["peak_bytes"] - 1), r["n"]) for r in rows if r.get("planned_bytes")]
+    found.append(Verdict("`abft plan` within 10 % of the measured peak",
+                         "most " + _worst(planned, " %", smallest=False) if planned else "not measured",
+                         max(planned)[0] <= 10 if planned else None))  # fmt: skip
+    return found
+
+
 def verdicts(result: dict[str, Any]) -> list[Verdict]:
     """Every target, in the order in which it is told."""
     return [
@@ -99,7 +130,7 @@ def verdicts(result: dict[str, Any]) -> list[Verdict]:
         _against(result, "flex", "FlexAttention, V columns"), _against(result, "flex", "FlexAttention, second LSE"),
         *(_overhead(result, labels, key, limit) for labels, limit in (("sparse", 3.0), ("dense", 8.0))
           for key in ("forward_ms", "backward_ms")),
-        *_row_op(result), _memory(result),
+        *_row_op(result), _memory(result), *_training(result),
     ]  # fmt: skip
 
 

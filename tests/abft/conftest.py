@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import random
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from abft.data import Example
 from abft.prompts import Prompt, PromptBuilder, sample_prompts
@@ -42,3 +44,42 @@ def toy_prompts(toy_builder: PromptBuilder) -> list[Prompt]:
 
     examples = [example() for _ in range(200)]
     return sample_prompts(toy_builder, examples[:64], examples[64:], 4, 0)
+
+
+TOPICS = {"music": "guitar melody singer chorus piano", "food": "bread soup butter cheese rice"}
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    words = [":", "text", "topic", "note", *TOPICS, *" ".join(TOPICS.values()).split(), "<pad>", "<unk>"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """train.jsonl, test.csv and all.csv with labels as words."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    rows = []
+    for index in range(120):
+        topic = rng.choice(sorted(TOPICS))
+        rows.append({"text": f"{' '.join(rng.choices(TOPICS[topic].split(), k=3))} note {index}", "label": topic})
+    with open(folder / "train.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows[:80])
+    for name, some in (("test.csv", rows[80:]), ("all.csv", rows)):
+        with open(folder / name, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label"])
+            writer.writeheader()
+            writer.writerows(some)
+    return folder

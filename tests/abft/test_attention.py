@@ -10,7 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from tiny_models import CONFIGS, packed, padded, random_prompts, tiny
+from tiny_models import CONFIGS, SERVED, packed, padded, random_prompts, tiny
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import abft.attention as adapter
@@ -22,10 +22,9 @@ TRITON_RUNS = INTERPRETED or torch.cuda.is_available()
 OLD = Version(transformers.__version__) < Version("5.3")
 LENGTHS = (20, 13, 17)
 KINDS = [
-    "llama", "qwen2", "gpt2", "qwen3", "mistral", "phi3", "gpt_neox", "mistral_window", "qwen3_moe", "gemma2", "gemma3",
-    "olmo2", "cohere", "glm4", "granite", "starcoder2", "smollm3", "gpt_oss", "deepseek_v3",
-    pytest.param("opt", marks=pytest.mark.skipif(OLD, reason="OPT makes a mask of its own before transformers 5.3")),
-]  # fmt: skip
+    pytest.param(kind, marks=pytest.mark.skipif(kind == "opt" and OLD, reason="OPT makes a mask of its own before 5.3"))
+    for kind in SERVED
+]
 
 
 def batch_of(side: str, seed: int = 0) -> dict[str, torch.Tensor]:

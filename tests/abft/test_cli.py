@@ -1,56 +1,15 @@
 """The command line as a new user meets it: a local model folder, their own texts, no network."""
 
-import csv
 import json
-import random
 import subprocess
 import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import abft
 from abft.cli import main
 from abft.weights import from_pretrained
-
-TOPICS = {"music": "guitar melody singer chorus piano", "food": "bread soup butter cheese rice"}
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    words = [":", "text", "topic", "note", *TOPICS, *" ".join(TOPICS.values()).split(), "<pad>", "<unk>"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
-    wrapped.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """train.jsonl and test.csv with labels as words."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = random.Random(0)
-    rows = []
-    for index in range(120):
-        topic = rng.choice(sorted(TOPICS))
-        rows.append({"text": f"{' '.join(rng.choices(TOPICS[topic].split(), k=3))} note {index}", "label": topic})
-    with open(folder / "train.jsonl", "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows[:80])
-    with open(folder / "test.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["text", "label"])
-        writer.writeheader()
-        writer.writerows(rows[80:])
-    return folder
 
 
 def train(model_folder, files, output, *extra):

@@ -57,6 +57,30 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# Every architecture that the parity tests run: its name, and what of its attention is special.
+SERVED: dict[str, tuple[str, str]] = {
+    "llama": ("Llama 2, 3", ""),
+    "qwen2": ("Qwen2, Qwen2.5", ""),
+    "qwen3": ("Qwen3", "normalised q and k"),
+    "qwen3_moe": ("Qwen3-MoE", "mixture of experts"),
+    "mistral": ("Mistral", ""),
+    "mistral_window": ("Mistral with a sliding window", "window shorter than the prompt"),
+    "gemma2": ("Gemma 2", "soft cap; window in every other layer"),
+    "gemma3": ("Gemma 3 (text)", "window in most layers"),
+    "phi3": ("Phi-3", "fused q, k and v"),
+    "gpt2": ("GPT-2", "fused q, k and v"),
+    "gpt_neox": ("GPT-NeoX, Pythia", "q, k and v fused head by head"),
+    "opt": ("OPT", "transformers ≥ 5.3"),
+    "olmo2": ("OLMo 2", "normalised q and k"),
+    "cohere": ("Cohere Command R", ""),
+    "glm4": ("GLM-4", "rotary on half of the width"),
+    "granite": ("Granite", "scale of its own"),
+    "starcoder2": ("StarCoder2", "window"),
+    "smollm3": ("SmolLM3", "layers without positions"),
+    "gpt_oss": ("gpt-oss", "sinks; window; mixture of experts"),
+    "deepseek_v3": ("DeepSeek-V3", "latent attention (MLA): keys and values differ in width"),
+}
+
 # transformers computes soft caps and sinks in its eager attention only.
 _EAGER = ("gemma2", "gpt_oss")
 

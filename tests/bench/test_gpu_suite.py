@@ -52,23 +52,31 @@ def result():
         rows.append({"name": "abft", "n": n, "both_ms": _times(1.0), "forward_ms": _times(0.3), "launches": 2,
                      "forward_gb_per_s": 2700.0, "graph_equals_eager": True})  # fmt: skip
         rows.append({"name": "PyTorch", "n": n, "both_ms": _times(4.0), "forward_ms": _times(1.0)})
+    training = [
+        {"model": model, "name": name, "prompts": 32 if n == 200 else 1, "n": n, "step_ms": _times(1.0),
+         "prompts_per_second": 10.0 if name == "reference" else 150.0, "peak_bytes": 100, "planned_bytes": 105}
+        for model in ("7B bf16", "32B NF4") for name in ("reference", "full", "restricted")
+        for n in ((200, 2048) if name == "reference" else (200, 2048, 131072))
+    ]  # fmt: skip
     checks = [{"check": "pytest", "ok": True, "tests": 300}, {"check": "float64", "ok": True, "n": 4096}]
     return {
         "kind": "gpu", "dry_run": False, "complete": True, "ceilings": {"copy_gb_per_s": 3000.0},
         "provenance": {"command": "c", "commit": "0123456789", "dirty": False, "date": "2026-01-01T00:00:00",
                        "versions": {"torch": "2.11.0", "triton": "3.6.0"}, "gpu": {"name": "made up"}},
         "suites": {"correctness": {"rows": checks}, "kernels": {"rows": kernels}, "rows": {"rows": rows},
-                   "memory": {"rows": memory}},
+                   "memory": {"rows": memory}, "training": {"rows": training}},
     }  # fmt: skip
 
 
 def test_dry_run_runs_every_suite(dry_run):
     suites = json.loads(dry_run.read_text())["suites"]
-    assert set(suites) == {"correctness", "kernels", "rows", "memory", "flex", "precision"}
+    assert set(suites) == {"correctness", "kernels", "rows", "memory", "training", "flex", "precision"}
     assert all(row["ok"] for row in suites["correctness"]["rows"]), suites["correctness"]
     ours = [row for suite in ("kernels", "rows", "memory") for row in suites[suite]["rows"] if "abft" in row["name"]]
     assert len(ours) == 4 * 3 + 1 + 1
     assert not [row for row in ours if "reason" in row]
+    steps = [(row["name"], row["prompts"]) for row in suites["training"]["rows"] if "step_ms" in row]
+    assert steps == [(name, prompts) for prompts in (3, 1) for name in ("restricted", "full", "reference")]
 
 
 def test_dry_run_is_no_result(dry_run, capsys):

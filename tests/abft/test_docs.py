@@ -1,0 +1,65 @@
+"""What the documents say of the code: the table of models, and examples that run."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from model_table import in_readme, table
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "docs" / "examples"
+
+
+def test_the_table_of_models_is_the_one_that_is_tested():
+    assert in_readme() == table(), "run python tests/abft/model_table.py --write"
+
+
+def run(command, timeout=300):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+PREFIXES = ["--text_prefix", "text:", "--label_prefix", "topic:"]
+
+
+def test_fine_tuning_on_a_csv(model_folder, files, tmp_path):
+    out = run([sys.executable, EXAMPLES / "finetune_csv.py", "--model", model_folder, "--csv", files / "all.csv",
+               "--output", tmp_path / "run", "--cpu", *PREFIXES])  # fmt: skip
+    assert "accuracy" in out
+    assert {"heads.png", "qk_weights.safetensors", "abft_config.json"} <= set(os.listdir(tmp_path / "run"))
+
+
+def test_induction_heads(model_folder, tmp_path):
+    out = run([sys.executable, EXAMPLES / "induction_heads.py", "--model", model_folder, "--tokens", "96",
+               "--output", tmp_path / "heads.png"])  # fmt: skip
+    assert len([line for line in out.splitlines() if "on the token to copy" in line]) == 8
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_four_bits_on_one_gpu(model_folder, files, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    out = run([sys.executable, EXAMPLES / "qlora_one_gpu.py", "--model", model_folder, "--train", files / "train.jsonl",
+               "--output", tmp_path / "run", "--prompts", "32", "--tokens_per_batch", "128", *PREFIXES])  # fmt: skip
+    assert "adapter in" in out
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / "run"))
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
+)
+def test_several_processes(model_folder, files, tmp_path):
+    """Data parallel: accelerate gives its other engines to GPUs only (`test_distributed` runs them all)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port),
+               EXAMPLES / "several_gpus.py", "--model", model_folder, "--train", files / "train.jsonl", "--output",
+               tmp_path / "run", "--prompts", "32", *PREFIXES])  # fmt: skip
+    assert "trained on 2 processes" in out
+    assert "qk_weights.safetensors" in os.listdir(tmp_path / "run")
