@@ -30,8 +30,18 @@ $(OLDEST): | install-test
 	rm -rf $@.part && $(BIN)/pip install --quiet --no-compile --no-deps --target $@.part triton==3.4.0 numpy==2.2.6
 	mv $@.part $@
 
-test-oldest: $(OLDEST)
+# The oldest supported transformers, peft and accelerate, in the same way.
+OLDEST_HF := $(VENV)/oldest-hf
+$(OLDEST_HF): | install-test
+	rm -rf $@.part && $(BIN)/pip install --quiet --no-compile --target $@.part transformers==5.0.0
+	$(BIN)/pip install --quiet --no-compile --no-deps --upgrade --target $@.part peft==0.18.0 accelerate==1.7.0
+	rm -rf $@.part/numpy* && mv $@.part $@
+
+test-oldest: $(OLDEST) $(OLDEST_HF)
 	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/kernels -k "triton and not aot"
+	PYTHONPATH=$(OLDEST_HF) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q \
+		tests/abft/test_attention.py tests/abft/test_masses.py tests/abft/test_parameters.py tests/abft/test_packing.py \
+		tests/abft/test_resume.py
 
 # Ten times as many drawn cases, other ones every time.
 nightly: install-test

@@ -156,6 +156,9 @@ def _attention_forward(
     )
     if scaling is None and of_its_own:
         raise _unsupported(module, "a scale of the scores that it does not pass on")
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions leave q and k in float32, v in 16 bits
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     bounds = _bounds(module, attention_mask, kwargs, key.shape[2])
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     sinks = kwargs.get("s_aux", kwargs.get("sinks"))
@@ -295,6 +298,9 @@ def _mask(
     A mask that the kernels cannot make gives bounds that are not `served`, which the attention refuses: models make
     masks for kinds of layers that they may not have.
     """
+    if isinstance(torch.empty(0, device=device), FakeTensor):  # shapes without values (`abft plan`): no padding
+        bites = local_size is not None and local_size < kv_length
+        return Bounds(window=local_size) if bites else None
     if cache_position is not None:  # transformers before 5.4 gives the query positions instead
         q_length, q_offset, device = len(cache_position), int(cache_position[0]), cache_position.device
     if q_length is None:
@@ -304,9 +310,6 @@ def _mask(
             f"the cache holds {kv_length} keys for queries that end at {q_offset + q_length}: the 'abft' attention "
             "aligns the last query with the last key; use the default DynamicCache"
         )
-    if isinstance(torch.empty(0, device=device), FakeTensor):  # shapes without values (`abft plan`): no padding
-        bites = local_size is not None and local_size < kv_length
-        return Bounds(window=local_size) if bites else None
     bounds = Bounds(dropped=int(kv_offset))
     ends = [kv_offset + kv_length] * batch_size
     starts = [kv_offset] * batch_size

@@ -5,7 +5,9 @@ one, in their order. Gradients that no one asked for arrive here as None and are
 output costs nothing in the backward pass; an empty tensor stands for a result that is not there.
 """
 
-from typing import Optional
+import functools
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -27,10 +29,23 @@ def _split(arguments: tuple) -> tuple[Extras, Options]:
     return Extras(*arguments[:_EXTRAS]), Options(*arguments[_EXTRAS : _EXTRAS + _OPTIONS])
 
 
+def _exact(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's arithmetic is its own: autocast may choose the dtypes of what goes in, not of what is inside."""
+
+    @functools.wraps(function)
+    def without_autocast(*args: Any, **kwargs: Any) -> Any:
+        tensor = next(x for x in args if isinstance(x, Tensor))
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return without_autocast
+
+
 # --- a few rows ------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("abft::row_mass", mutates_args=())
+@_exact
 def row_mass_op(
     q: Tensor,
     k: Tensor,
@@ -71,6 +86,7 @@ def _(q, k, positions, *arguments):
 
 
 @torch.library.custom_op("abft::row_mass_backward", mutates_args=())
+@_exact
 def row_mass_backward_op(
     dmass: _OptTensor,
     dlse: _OptTensor,
@@ -151,6 +167,7 @@ row_mass_op.register_autograd(_row_mass_autograd, setup_context=_row_mass_setup)
 
 
 @torch.library.custom_op("abft::mass_attention", mutates_args=())
+@_exact
 def mass_attention_op(
     q: Tensor,
     k: Tensor,
@@ -197,6 +214,7 @@ def _(q, k, v, *arguments):
 
 
 @torch.library.custom_op("abft::mass_attention_backward", mutates_args=())
+@_exact
 def mass_attention_backward_op(
     do: _OptTensor,
     dmass: _OptTensor,

@@ -250,6 +250,23 @@ def test_compiled_forward():
     assert_equal((outputs.logits, outputs.attentions, gradients), want, batch)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_autocast(kind):
+    """In bfloat16 autocast as far from float32 as eager attention is."""
+    model, batch = tiny(kind), batch_of("left")
+    exact = run(model, batch, "eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager, ours = run(model, batch, "eager"), run(model, batch, "abft")
+
+    def distance(a, b):
+        return max(((x.float() - y).norm() / y.norm()).item() for x, y in zip(a, b, strict=True))
+
+    for part in (1, 2):  # masses, gradients
+        values = [list(r[part].values()) if part == 2 else r[part] for r in (ours, eager, exact)]
+        assert distance(values[0], values[2]) < 1.5 * distance(values[1], values[2]) + 1e-3
+    assert ours[1][0].dtype == torch.float32
+
+
 def test_dropout_acts_on_the_output_and_not_on_mass():
     model, batch = enable(tiny("gpt2", attn_pdrop=0.5)), batch_of("left")
     quiet = forward_with_mass(model, **batch)

@@ -192,7 +192,7 @@ def test_refusals():
         layer_masses(model, **batch, detach=True)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
 def test_packed_forward_equals_padded(kind):
     model = enable(tiny(kind))
     together, apart = batch_of("packed"), batch_of("right")

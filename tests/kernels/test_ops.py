@@ -207,3 +207,22 @@ def test_row_reference_is_a_row_of_the_oracle(device):
     by_row = row_mass_reference(rows, k, inputs.groups, 2, row_positions=positions, causal=False)
     whole = mass_attention_reference(q, k, v, inputs.groups, 2, causal=False)[1]
     torch.testing.assert_close(by_row, torch.stack([whole[b][:, positions[b]] for b in range(2)]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_autocast_leaves_the_arithmetic_alone(backend, device):
+    """float32 in, float32 inside: the same bits with autocast around, forward and backward."""
+    generator = torch.Generator(device).manual_seed(0)
+    q, k = (torch.randn(1, 2, 24, 16, device=device, generator=generator, requires_grad=True) for _ in range(2))
+    groups = torch.arange(24, device=device)[None] % 3 - 1
+    rows = torch.tensor([[3, 23]], device=device)
+
+    def results():
+        few = row_mass(q[:, :, [3, 23]], k, groups, 2, row_positions=rows, backend=backend)
+        alone = row_mass(q, k, groups, 2, window=9, backend=backend)
+        return [few, alone, *torch.autograd.grad(few.sum() + alone[..., 0].sum(), [q, k])]
+
+    plain = results()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        again = results()
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
