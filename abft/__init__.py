@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from abft.attention import enable, is_enabled
+    from abft.config import ABFTConfig
     from abft.data import Example, load_examples, split_examples
     from abft.evaluation import Evaluation, evaluate
     from abft.losses import HeadCountController, abft_loss
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
     from abft.prompts import Prompt, PromptBuilder, PromptCollator, sample_prompts
     from abft.statistics import HeadStatistics, head_statistics
     from abft.tasks import TASKS, Task, Template, get_task
-    from abft.training import ABFTConfig, ABFTTrainer
+    from abft.training import ABFTTrainer
     from abft.weights import from_pretrained, load_trained
     from abft_kernels import __version__
 
 _MODULES = {
     "abft.attention": ("enable", "is_enabled"),
+    "abft.config": ("ABFTConfig",),
     "abft.data": ("Example", "load_examples", "split_examples"),
     "abft.evaluation": ("Evaluation", "evaluate"),
     "abft.losses": ("HeadCountController", "abft_loss"),
@@ -29,7 +31,7 @@ _MODULES = {
     "abft.prompts": ("Prompt", "PromptBuilder", "PromptCollator", "sample_prompts"),
     "abft.statistics": ("HeadStatistics", "head_statistics"),
     "abft.tasks": ("TASKS", "Task", "Template", "get_task"),
-    "abft.training": ("ABFTConfig", "ABFTTrainer"),
+    "abft.training": ("ABFTTrainer",),
     "abft.weights": ("from_pretrained", "load_trained"),
     "abft_kernels": ("__version__",),
 }

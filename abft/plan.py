@@ -253,7 +253,9 @@ def _command(
     start = "abft" if gpus == 1 else f"torchrun --nproc_per_node {gpus} -m abft.cli"
     if mode == "inference":
         return f"{start} eval --model {model} …"
-    options = [f"--packing True --tokens_per_batch {context}"]
+    # Under FSDP all processes must take as many passes.
+    passes = "--per_device_train_batch_size 1" if strategy == "FSDP 2" else f"--tokens_per_batch {context}"
+    options = [f"--packing True {passes}"]
     options += {"restricted": ["--restricted_gradient True"], "e2e": ["--method e2e"]}.get(mode, [])
     options += ["--lora True"] if lora else []
     options += ["--load_in_4bit True"] if precision == "nf4" else [f"--dtype {precision}"]
