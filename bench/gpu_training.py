@@ -6,7 +6,8 @@
     full         `layer_masses` on packed prompts, with gradient checkpointing from 8k tokens on
     restricted   the same with each layer's gradient taken inside the forward pass
 
-`paper` is the paper's pseudo-batch, 32 prompts of 200 tokens; a length is one prompt of so many tokens.
+The paper's pseudo-batch is 32 prompts of 200 tokens; other rows are one prompt of so many tokens. On the former also
+evaluation, as `abft.evaluate` scores a batch and as one prompt at a time with full logits.
 """
 
 from __future__ import annotations
@@ -111,6 +112,9 @@ def _step(model: Any, method: str, inputs: dict[str, torch.Tensor]) -> None:
         loss_of([mass]).backward()
         return mass.detach()
 
+    if method.startswith("evaluation"):
+        _evaluation(model, method, ids)
+        return
     if method == "reference":
         indicator = torch.stack([groups == 0, groups == 1], dim=-1)
         for prompt in range(prompts):
@@ -130,11 +134,27 @@ def _step(model: Any, method: str, inputs: dict[str, torch.Tensor]) -> None:
         layer_masses(model, **packed, detach=True, on_mass=backward)
 
 
+def _evaluation(model: Any, method: str, ids: torch.Tensor) -> None:
+    """Logits of two labels behind each prompt."""
+    from abft.evaluation import label_logits
+
+    with torch.inference_mode():
+        if method == "evaluation, one by one":
+            for prompt in ids:
+                model(input_ids=prompt[None], use_cache=False).logits[:, -1, [1, 2]].float().cpu()
+            return
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions,
+                 "query_positions": positions[:, -1:]}  # fmt: skip
+        label_logits(model, batch, [1, 2]).cpu()
+
+
 def _measured(model: Any, method: str, prompts: int, length: int, vocabulary: int, device: torch.device) -> Row:
     from abft.attention import ATTENTION
 
     base = model.get_base_model()
     base.set_attn_implementation("eager" if method == "reference" else ATTENTION)
+    model.train(not method.startswith("evaluation"))
     checkpointed = method == "full" and length >= _CHECKPOINTED
     if checkpointed:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -195,14 +215,15 @@ def training(device: torch.device, budget: Budget, tiny: bool) -> Iterator[Row]:
         gone: set[str] = set()
         cases = [(3, 24), (1, 48)] if tiny else [PAPER, *((1, n) for n in LENGTHS)]
         for prompts, length in cases:
-            for method in ("restricted", "full", "reference"):
+            evaluation = ("evaluation", "evaluation, one by one") if prompts > 1 else ()
+            for method in ("restricted", "full", "reference", *evaluation):
                 about = {"model": name, "name": method, "prompts": prompts, "n": length}
                 if method in gone or (budget.left() < 30 and not tiny):
                     yield {**about, "reason": "out of memory at a shorter length" if method in gone else "out of time"}
                     continue
                 try:
                     row = _measured(model, method, prompts, length, 64 if tiny else 152064, device)
-                    if not tiny and method != "reference" and budget.left() > 60:
+                    if not tiny and method in ("full", "restricted") and budget.left() > 60:
                         row["planned_bytes"] = _planned(name, method, prompts * length, row["checkpointed"])
                     yield {**about, **row}
                 except torch.OutOfMemoryError:

@@ -1,7 +1,7 @@
-"""Draws a verified GPU result: `python -m bench.plot bench/results/gpu.json --out docs/figures`.
+"""Draws a verified GPU result, or `cpu_training.json`: `python -m bench.plot FILE --out docs/figures`.
 
-Also prints the table of targets. Colours are Okabe and Ito's, which the colour-blind can tell apart; each line has a
-marker of its own too.
+Of a GPU result it also prints the table of targets. Colours are Okabe and Ito's, which the colour-blind can tell apart;
+each line has a marker of its own too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from bench.targets import print_verdicts
 from bench.verify import problems
 
-__all__ = ["draw", "main"]
+__all__ = ["draw", "draw_training", "main"]
 
 # name -> colour, marker
 _STYLE = {
@@ -92,6 +92,35 @@ def draw(result: dict[str, Any], out_dir: Path) -> list[Path]:
     return made
 
 
+def draw_training(result: dict[str, Any], out_dir: Path) -> Path:
+    """Peak memory and time of a training step on a CPU, by context length; writes `cpu-training.png`."""
+    from matplotlib.figure import Figure
+
+    styles = {
+        "reference": ("#D55E00", "x", "published shape (eager)"), "full": ("#0072B2", "s", "full gradients"),
+        "restricted": ("#000000", "o", "restricted gradients"), "forward": ("#999999", ">", "forward, no gradient"),
+    }  # fmt: skip
+    figure = Figure(figsize=(10.4, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for ax, key, scale, label in ((axes[0], "bytes", 2**20, "peak MiB"), (axes[1], "seconds", 1, "seconds")):
+        for method, (colour, marker, name) in styles.items():
+            rows = [r for r in result["rows"] if r["method"] == method and isinstance(r["tokens"], int)]
+            ax.plot([r["tokens"] for r in rows], [r[key]["median"] / scale for r in rows], color=colour, marker=marker,
+                    label=name, linewidth=1.4, markersize=5)  # fmt: skip
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel="tokens of the prompt", ylabel=label, yscale="log")
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    source = result["provenance"]
+    figure.supxlabel(f"one training step, 4-layer Llama, float32, one CPU thread, torch {source['versions']['torch']}, "
+                     f"{source['date'][:10]}", fontsize=8, color="#444444")  # fmt: skip
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path, partial = out_dir / "cpu-training.png", out_dir / "cpu-training.partial.png"
+    figure.savefig(partial, dpi=160)
+    partial.replace(path)
+    return path
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("result", type=Path)
@@ -101,6 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.result.is_file():
         parser.error(f"no file {options.result}")
     result = json.loads(options.result.read_text())
+    if "rows" in result and any(row.get("method") == "restricted" for row in result["rows"]):
+        print(f"wrote {draw_training(result, options.out)}")
+        return 0
     if found := problems(result, options.allow_dirty):
         print(*found, f"{options.result}: refused", sep="\n")
         return 1

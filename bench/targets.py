@@ -115,6 +115,11 @@ def _training(result: dict[str, Any]) -> list[Verdict]:
         target = f"{model}, {method} gradients: ≥ {least:,} tokens"
         found.append(Verdict(target, f"{reached[-1]:,} tokens" if reached else "not measured",
                              reached[-1] >= least if reached else None))  # fmt: skip
+    pair = [speed.get((seven, name, 200)) for name in ("evaluation", "evaluation, one by one")]
+    measured = pair[0] is not None and pair[1] is not None
+    found.append(Verdict("7B evaluation: ≥ 10 × the prompts per second of one at a time with full logits",
+                         f"{pair[0] / pair[1]:.3g}×" if measured else "not measured",
+                         pair[0] / pair[1] >= 10 if measured else None))  # fmt: skip
     planned = [(100 * abs(r["planned_bytes"] / r["peak_bytes"] - 1), r["n"]) for r in rows if r.get("planned_bytes")]
     found.append(Verdict("`abft plan` within 10 % of the measured peak",
                          "most " + _worst(planned, " %", smallest=False) if planned else "not measured",

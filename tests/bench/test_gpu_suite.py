@@ -58,6 +58,10 @@ def result():
         for model in ("7B bf16", "32B NF4") for name in ("reference", "full", "restricted")
         for n in ((200, 2048) if name == "reference" else (200, 2048, 131072))
     ]  # fmt: skip
+    training += [
+        {"model": "7B bf16", "name": name, "prompts": 32, "n": 200, "step_ms": _times(1.0), "prompts_per_second": rate}
+        for name, rate in (("evaluation", 500.0), ("evaluation, one by one", 20.0))
+    ]
     checks = [{"check": "pytest", "ok": True, "tests": 300}, {"check": "float64", "ok": True, "n": 4096}]
     return {
         "kind": "gpu", "dry_run": False, "complete": True, "ceilings": {"copy_gb_per_s": 3000.0},
@@ -76,7 +80,9 @@ def test_dry_run_runs_every_suite(dry_run):
     assert len(ours) == 4 * 3 + 1 + 1
     assert not [row for row in ours if "reason" in row]
     steps = [(row["name"], row["prompts"]) for row in suites["training"]["rows"] if "step_ms" in row]
-    assert steps == [(name, prompts) for prompts in (3, 1) for name in ("restricted", "full", "reference")]
+    methods = ["restricted", "full", "reference"]
+    batch = [*methods, "evaluation", "evaluation, one by one"]
+    assert steps == [*((name, 3) for name in batch), *((name, 1) for name in methods)]
 
 
 def test_dry_run_is_no_result(dry_run, capsys):
@@ -144,3 +150,9 @@ def test_pictures(result, tmp_path):
 
 def test_exponent():
     assert exponent([(n, 3.0 * n**1.5) for n in (10, 100, 1000)]) == pytest.approx(1.5)
+
+
+def test_picture_of_the_training_step(tmp_path):
+    """The committed data, drawn."""
+    assert plot([str(ROOT / "bench" / "results" / "cpu_training.json"), "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu-training.png"]
