@@ -93,6 +93,8 @@ class ABFTConfig(TrainingArguments):
                 "pseudo_batch_size and per_device_train_batch_size must be at least 1, got "
                 f"{self.pseudo_batch_size} and {self.per_device_train_batch_size}"
             )
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size would change the pseudo-batch; use packing and tokens_per_batch")
         if self.restore_callback_states_from_checkpoint:
             raise ValueError("A and its history are always restored; leave restore_callback_states_from_checkpoint off")
         if self.tensor_parallel_size < 1 or self.world_size % self.tensor_parallel_size:

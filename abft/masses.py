@@ -176,7 +176,8 @@ def layer_masses(
 
     Raises:
         ValueError: the model runs on another attention, its checkpointing loses the masses' gradients, `detach` with
-            gradient checkpointing, which it makes needless, or `detach` or `on_mass` under a wrapper.
+            gradient checkpointing, which it makes needless, or `detach`, `on_mass` or `context_group`
+            under a wrapper.
         NotImplementedError: a layer's attention does not come through the interface; PEFT prompt tokens; a spread
             context with padding, packed prompts or all rows.
     """
@@ -189,7 +190,7 @@ def layer_masses(
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise NotImplementedError(f"PEFT's {model.peft_type} adds prompt tokens, which have no key groups; use LoRA")
     if not isinstance(model, (PreTrainedModel, PeftModel)) or isinstance(model, FSDPModule):
-        if detach or on_mass is not None:
+        if detach or on_mass is not None or context_group is not None:
             raise ValueError(f"unwrap the model first: {type(model).__name__} waits for a backward pass of its own")
         outputs = forward_with_mass(
             model, input_ids=input_ids, key_groups=key_groups, attention_mask=attention_mask, position_ids=position_ids,

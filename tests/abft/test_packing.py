@@ -129,6 +129,7 @@ def test_offloaded_activations_do_not_matter(toy_prompts, toy_builder, tmp_path)
     ("changes", "match"),
     [
         ({"tokens_per_batch": 100}, "it needs packing=True"),
+        ({"auto_find_batch_size": True}, "would change the pseudo-batch"),
         ({"tokens_per_batch": 0, "packing": True}, "tokens_per_batch=0"),
         ({"restricted_gradient": True, "method": "e2e"}, "restricted_gradient is ABFT's"),
         ({"restricted_gradient": True, "per_head_mean": True}, "per_head_mean=True does not go with it"),
