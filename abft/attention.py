@@ -8,8 +8,9 @@ of `model(...)` reach the attention function, and what it returns as weights com
     outputs = model(input_ids, attention_mask=…, key_groups=…, query_positions=…, output_attentions=True)
     outputs.attentions[layer]          # mass (B, H, R, G), differentiable
 
-A `MassCollector` passed as `mass_collector` takes the masses as they come instead (see `abft.masses`). This is the only
-file that knows transformers' internals.
+A `MassCollector` passed as `mass_collector` takes the masses as they come instead (see `abft.masses`). With or without
+masses, `momentum` adds an exponential sum of earlier values (see `abft.momentum`), and `attention_probe` is shown what
+each layer's attention gets. This is the only file that knows transformers' internals.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function
 
 from abft.context_parallel import ContextParallel
+from abft.momentum import add_momentum, check_momentum
 from abft_kernels import attention, gather_rows, mass_attention, row_mass
 
-__all__ = ["ATTENTION", "Bounds", "MassCollector", "StopForward", "enable", "is_enabled"]
+__all__ = ["ATTENTION", "AttentionProbe", "Bounds", "MassCollector", "StopForward", "enable", "is_enabled"]
 
 ATTENTION = "abft"
+AttentionProbe = Callable[[nn.Module, Tensor, Tensor, Tensor, float], None]
 _Model = TypeVar("_Model", bound=nn.Module)
 
 # Arguments that change the scores in ways the kernels do not compute: silence would give wrong masses.
@@ -143,9 +146,18 @@ def _attention_forward(
     query_positions: Tensor | None = None,
     attention_backend: str = "auto",
     mass_collector: MassCollector | None = None,
+    momentum: float | None = None,
+    attention_probe: AttentionProbe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output `(B, N, H, D)` and mass `(B, H, R, G)`; without `key_groups`, or with a collector, None for the mass."""
+    """Output `(B, N, H, D)` and mass `(B, H, R, G)`; without `key_groups`, or with a collector, None for the mass.
+
+    `momentum` is η, between 0 and 1, of momentum attention. The probe is called with the module, query `(B, H, N, D)`,
+    key and value `(B, H_kv, N, D)`, all after rotary embeddings, and the scale of the scores; again when checkpointing
+    runs a layer again.
+    """
+    if momentum is not None:
+        check_momentum(momentum)
     for name, argument in kwargs.items():
         if argument is not None and name in _UNSUPPORTED:
             raise _unsupported(module, _UNSUPPORTED[name])
@@ -169,8 +181,13 @@ def _attention_forward(
     }  # fmt: skip
     if bounds is not None:
         shared |= {name: getattr(bounds, name) for name in ("seq_lens", "seq_starts", "cu_seqlens", "window")}
+    if momentum is not None:
+        _check_momentum_served(module, shared["causal"], bounds, mass_collector)
+    if attention_probe is not None:
+        attention_probe(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     if key_groups is None:
-        return attention(query, key, value, **shared).transpose(1, 2).contiguous(), None
+        out = attention(query, key, value, **shared)
+        return _with_momentum(out, value, momentum, shared).transpose(1, 2).contiguous(), None
     if not shared["causal"]:
         raise _unsupported(module, "bidirectional or cross attention")
     if bounds is not None and bounds.dropped:
@@ -185,15 +202,35 @@ def _attention_forward(
             if bounds is not None and (bounds.seq_lens is not None or bounds.cu_seqlens is not None):
                 raise _unsupported(module, "padding or packed prompts in a context spread over processes")
             shared |= {"window": kwargs.get("sliding_window")}
-        out = _collected(mass_collector, last, query, key, value, key_groups, num_key_groups, query_positions, shared)
+        out = _collected(
+            mass_collector, last, query, key, value, key_groups, num_key_groups, query_positions, shared, momentum
+        )
         return out, None
     out, mass = mass_attention(query, key, value, key_groups, num_key_groups, row_positions=query_positions, **shared)
-    return out.transpose(1, 2).contiguous(), mass
+    return _with_momentum(out, value, momentum, shared).transpose(1, 2).contiguous(), mass
+
+
+def _check_momentum_served(
+    module: nn.Module, causal: bool, bounds: Bounds | None, collector: MassCollector | None
+) -> None:
+    if not causal:
+        raise _unsupported(module, "momentum in bidirectional or cross attention")
+    if bounds is not None and bounds.dropped:
+        raise _unsupported(module, "momentum over a cache that has let go of earlier values")
+    if collector is not None and collector.context is not None:
+        raise _unsupported(module, "momentum in a context spread over processes")
+
+
+def _with_momentum(out: Tensor, value: Tensor, momentum: float | None, shared: dict[str, Any]) -> Tensor:
+    if momentum is None:
+        return out
+    bounds = {name: shared.get(name) for name in ("seq_lens", "seq_starts", "cu_seqlens")}
+    return add_momentum(out, value, momentum, **bounds)
 
 
 def _collected(
     collector: MassCollector, last: bool, query: Tensor, key: Tensor, value: Tensor, key_groups: Tensor,
-    num_key_groups: int, query_positions: Tensor | None, shared: dict[str, Any],
+    num_key_groups: int, query_positions: Tensor | None, shared: dict[str, Any], momentum: float | None,
 ) -> Tensor:  # fmt: skip
     """Hands the mass to the collector; the attention output `(B, N, H, D)`, made only where something follows it."""
     context = collector.context
@@ -220,12 +257,14 @@ def _collected(
         if last:
             out = query.new_zeros(*query.shape[:3], value.shape[-1])  # nothing that depends on it is used
         else:
-            out = attention(query.detach(), key.detach(), value.detach(), **shared)
+            value = value.detach()
+            out = _with_momentum(attention(query.detach(), key.detach(), value, **shared), value, momentum, shared)
     else:
         out, mass = mass_attention(
             query, key, value, key_groups, num_key_groups, row_positions=query_positions, **shared
         )
         collector.add(mass)
+        out = _with_momentum(out, value, momentum, shared)
     return out.transpose(1, 2).contiguous()
 
 

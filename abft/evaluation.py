@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from abft.attention import is_enabled
 from abft.batching import evaluation_mode, length_sorted_batches
 from abft.prompts import Prompt, PromptBuilder
 
@@ -110,7 +111,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def label_logits(
-    model: PreTrainedModel | PeftModel, batch: Mapping[str, Tensor], label_token_ids: Sequence[int]
+    model: PreTrainedModel | PeftModel, batch: Mapping[str, Tensor], label_token_ids: Sequence[int], **arguments: Any
 ) -> Tensor:
     """The next-token logits of the label tokens at the end of each prompt.
 
@@ -123,16 +124,21 @@ def label_logits(
         batch: from ``PromptCollator``, padded on either side: ``input_ids``, ``attention_mask``,
             ``position_ids`` (B, N) and ``query_positions`` (B, 1) are used.
         label_token_ids: C token ids.
+        arguments: handed to the decoder, for its attention: ``momentum``, ``attention_probe``.
 
     Returns:
         (B, C) fp32, on the device of the LM head.
 
     Raises:
+        ValueError: there are ``arguments``, and the model runs on another attention than ``"abft"``, which would
+            ignore them.
         NotImplementedError: the model is not one decoder and one head, or has a head other than a plain
             ``nn.Linear``, a scaling of its logits that is not known here, or PEFT prompt tokens.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise NotImplementedError(f"PEFT's {model.peft_type} adds prompt tokens; evaluate LoRA or merged weights")
+    if arguments and not is_enabled(model):
+        raise ValueError(f"only the 'abft' attention knows {', '.join(arguments)}; call abft.enable(model) first")
     causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head = causal_lm.get_output_embeddings()
     # A quantized or adapted head is either no nn.Linear or one whose weight does not have a row per token.
@@ -153,7 +159,7 @@ def label_logits(
     # Models without learned or rotary positions (ALiBi, recurrent) take no position_ids.
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         del inputs["position_ids"]
-    hidden = decoder(**inputs, use_cache=False).last_hidden_state
+    hidden = decoder(**inputs, use_cache=False, **arguments).last_hidden_state
     rows = batch["query_positions"][..., None].to(hidden.device)
     query = hidden.take_along_dim(rows, dim=1).squeeze(1).to(head.weight.device)
 
@@ -170,6 +176,7 @@ def evaluate(
     *,
     batch_size: int = 32,
     progress: bool = True,
+    **arguments: Any,
 ) -> Evaluation:
     """Classifies every prompt by its most probable label token and scores the result.
 
@@ -182,16 +189,17 @@ def evaluate(
         builder: knows the label tokens and the padding.
         batch_size: prompts per forward pass.
         progress: show a progress bar.
+        arguments: as for ``label_logits``.
 
     Raises:
-        ValueError: there are no prompts, ``batch_size`` is not positive, or the model returned a logit that
-            is not finite.
+        ValueError: there are no prompts, ``batch_size`` is not positive, the model returned a logit that is not
+            finite, or as ``label_logits``.
         NotImplementedError: as ``label_logits``.
     """
     logits = torch.empty(len(prompts), len(builder.label_token_ids))
     with evaluation_mode(model):
         for indices, batch in length_sorted_batches(prompts, builder, batch_size, "Evaluating", progress):
-            logits[indices] = label_logits(model, batch, builder.label_token_ids).cpu()
+            logits[indices] = label_logits(model, batch, builder.label_token_ids, **arguments).cpu()
     if bad := (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist():
         raise ValueError(
             f"label logits of {len(bad)} of {len(prompts)} prompts are not finite, first prompt {bad[0]}: "
