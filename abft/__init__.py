@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from abft.masses import attention_mass, layer_masses
     from abft.prompts import Prompt, PromptBuilder, PromptCollator, sample_prompts
     from abft.statistics import HeadStatistics, head_statistics
+    from abft.targets import AttentionTarget, TargetCollator, evaluate_targets
     from abft.tasks import TASKS, Task, Template, get_task
     from abft.training import ABFTTrainer
     from abft.weights import from_pretrained, load_trained
@@ -30,6 +31,7 @@ _MODULES = {
     "abft.masses": ("attention_mass", "layer_masses"),
     "abft.prompts": ("Prompt", "PromptBuilder", "PromptCollator", "sample_prompts"),
     "abft.statistics": ("HeadStatistics", "head_statistics"),
+    "abft.targets": ("AttentionTarget", "TargetCollator", "evaluate_targets"),
     "abft.tasks": ("TASKS", "Task", "Template", "get_task"),
     "abft.training": ("ABFTTrainer",),
     "abft.weights": ("from_pretrained", "load_trained"),
@@ -41,6 +43,7 @@ __all__ = [
     "TASKS",
     "ABFTConfig",
     "ABFTTrainer",
+    "AttentionTarget",
     "Evaluation",
     "Example",
     "HeadCountController",
@@ -48,6 +51,7 @@ __all__ = [
     "Prompt",
     "PromptBuilder",
     "PromptCollator",
+    "TargetCollator",
     "Task",
     "Template",
     "__version__",
@@ -55,6 +59,7 @@ __all__ = [
     "attention_mass",
     "enable",
     "evaluate",
+    "evaluate_targets",
     "from_pretrained",
     "get_task",
     "head_statistics",

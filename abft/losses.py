@@ -28,24 +28,24 @@ class ABFTLoss(NamedTuple):
 
     loss: Tensor  # (), mean over the prompts of the sum over layers and heads
     per_prompt: Tensor  # (B,), with gradient: sums of it over micro-batches average exactly
-    selected: Tensor  # (L, B, H) bool, the induction heads
+    selected: Tensor  # (L, B, H) bool, the induction heads; of several rows (L, B, H, R)
     mass_correct: Tensor  # (), mean over the selected heads; NaN if there is none
     mass_wrong: Tensor  # (), likewise
-
-    @property
-    def head_counts(self) -> Tensor:
-        """Induction heads of each prompt, int64 `(B,)`."""
-        return self.selected.sum(dim=(0, 2))
+    head_counts: Tensor  # (B,), induction heads of each prompt, mean over its rows
 
 
 def induction_threshold(demonstrations: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """T = k / (k + ln n_t), float32 `(B,)`; k demonstrations and n_t tokens (padding excluded) of each prompt."""
+    """T = k / (k + ln n_t), float32 in the shape of k and n_t, demonstrations and tokens (padding excluded)."""
     k = demonstrations.to(torch.float32)
     return k / (k + prompt_lengths.to(torch.float32).log())
 
 
 def induction_heads(masses: Tensor, demonstrations: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """Which heads pass the filter S > T: bool `(L, B, H)` from masses `(L, B, H, 2)`; no gradient."""
+    """Which heads pass the filter S > T, without gradient.
+
+    Bool `(L, B, H)` from masses `(L, B, H, 2)` and counts `(B,)`; of several rows `(L, B, H, R)` from
+    `(L, B, H, R, 2)` and `(B, R)`.
+    """
     threshold = induction_threshold(demonstrations, prompt_lengths)
     return masses.detach().sum(dim=-1) > threshold[:, None]
 
@@ -60,6 +60,7 @@ def abft_loss(
     correct_award: float = 1.0,
     head_filter: bool = True,
     per_head_mean: bool = False,
+    row_weights: Tensor | None = None,
 ) -> ABFTLoss:
     """Eq. 1: sum over layers and heads, mean over prompts.
 
@@ -72,25 +73,15 @@ def abft_loss(
         wrong_penalty: A ≥ 0.
         correct_award: B ≥ 0.
         head_filter: train induction heads only; off, every head.
-        per_head_mean: divide each prompt's loss by its number of selected heads.
+        per_head_mean: divide the loss of each prompt, or row, by its number of selected heads.
+        row_weights: for prompts of R rows, `(B, R)`: a prompt's loss is the sum of its rows' losses with these weights,
+            each row with a filter of its own. Then masses are `(L, B, H, R, 2)`, or L times `(B, H, R, 2)`, and the
+            three counts `(B, R)`.
 
     Raises:
         ValueError: shapes that do not fit, or a negative A or B.
     """
-    if not isinstance(masses, Tensor):
-        if any(mass.dim() == 4 and mass.shape[2] != 1 for mass in masses):
-            raise ValueError(
-                f"masses must be of one row per prompt, got {masses[0].shape[2]} rows; "
-                "ask the model for one query position"
-            )
-        device = correct_demonstrations.device  # the layers of a model may be spread over several
-        masses = torch.stack([(mass.squeeze(2) if mass.dim() == 4 else mass).to(device) for mass in masses])
-    batch = correct_demonstrations.shape[0]
-    if masses.dim() != 4 or masses.shape[1] != batch or masses.shape[3] != 2:
-        raise ValueError(
-            f"masses must have shape (layers, batch={batch}, heads, 2), got {tuple(masses.shape)}; ask the model for "
-            "one query position per prompt and two key groups, correct and wrong"
-        )
+    masses = _stacked(masses, (correct_demonstrations, demonstrations, prompt_lengths), row_weights)
     if wrong_penalty < 0 or correct_award < 0:
         raise ValueError(f"A and B must not be negative, got A={wrong_penalty}, B={correct_award}")
     correct, wrong = masses.unbind(-1)
@@ -100,13 +91,50 @@ def abft_loss(
         selected = torch.ones_like(correct, dtype=torch.bool)
     per_head = wrong_penalty * wrong + correct_award * (correct_demonstrations[:, None] - correct)
     per_prompt = (per_head * selected).sum(dim=(0, 2))
+    head_counts = selected.sum(dim=(0, 2))
     if per_head_mean:
-        per_prompt = per_prompt / selected.sum(dim=(0, 2)).clamp(min=1)
+        per_prompt = per_prompt / head_counts.clamp(min=1)
+    weights: Tensor | float = 1.0
+    if row_weights is not None:
+        per_prompt, head_counts = (per_prompt * row_weights).sum(dim=1), (head_counts * row_weights).sum(dim=1)
+        weights = row_weights[:, None]
     with torch.no_grad():
-        count = selected.sum()
-        mass_correct = (correct * selected).sum() / count
-        mass_wrong = (wrong * selected).sum() / count
-    return ABFTLoss(per_prompt.mean(), per_prompt, selected, mass_correct, mass_wrong)
+        count = head_counts.sum()
+        mass_correct = (correct * selected * weights).sum() / count
+        mass_wrong = (wrong * selected * weights).sum() / count
+    return ABFTLoss(per_prompt.mean(), per_prompt, selected, mass_correct, mass_wrong, head_counts)
+
+
+def _stacked(
+    masses: Tensor | Sequence[Tensor], counts: tuple[Tensor, Tensor, Tensor], row_weights: Tensor | None
+) -> Tensor:
+    """Masses `(L, B, H, 2)`, with row weights `(L, B, H, R, 2)`, on the device of the counts."""
+    rows = row_weights is not None
+    device, batch = counts[0].device, counts[0].shape[0]
+    if not isinstance(masses, Tensor):
+        if not rows and any(mass.dim() == 4 and mass.shape[2] != 1 for mass in masses):
+            raise ValueError(
+                f"masses must be of one row per prompt, got {masses[0].shape[2]} rows; "
+                "ask the model for one query position, or give row_weights"
+            )
+        # The layers of a model may be spread over several devices.
+        masses = torch.stack(
+            [(mass.squeeze(2) if mass.dim() == 4 and not rows else mass).to(device) for mass in masses]
+        )
+    if row_weights is not None:
+        asked = tuple(row_weights.shape)
+        given = [tuple(count.shape) for count in counts]
+        if masses.dim() != 5 or (masses.shape[1], *masses.shape[3:]) != (*asked, 2) or given != [asked] * 3:
+            raise ValueError(
+                f"with row_weights of shape {asked} masses must have shape (layers, batch, heads, rows, 2) and counts "
+                f"(batch, rows), got {tuple(masses.shape)} and {', '.join(map(str, given))}"
+            )
+    elif masses.dim() != 4 or masses.shape[1] != batch or masses.shape[3] != 2:
+        raise ValueError(
+            f"masses must have shape (layers, batch={batch}, heads, 2), got {tuple(masses.shape)}; ask the model for "
+            "one query position per prompt and two key groups, correct and wrong"
+        )
+    return masses
 
 
 @dataclass

@@ -12,15 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from abft.collation import CORRECT_LABELS, NO_GROUP, WRONG_LABELS, Collator, padding_id
 from abft.data import Example
 from abft.tasks import Task
-
-CORRECT_LABELS = 0
-"""Key group of I⁺: demonstration labels equal to the query's gold label."""
-WRONG_LABELS = 1
-"""Key group of I⁻: the other demonstration labels."""
-NO_GROUP = -1
-"""Key group of every other token."""
 
 # What to encode a piece behind, most neutral first: many tokenizers merge ":" with a newline, but no letter.
 _ANCHORS = ("a", ":", "1")
@@ -108,6 +102,15 @@ class PromptBuilder:
             )
         return Prompt(tuple(ids), tuple(positions), tuple(d.label for d in demonstrations), query.label)
 
+    def text(self, demonstrations: Sequence[Example], query: Example) -> str:
+        """The prompt as text, which :meth:`build` tokenizes piece by piece."""
+        template, labels = self.task.template, self.task.labels
+        pieces = [template.instruction]
+        for example in demonstrations:
+            pieces += [template.text_segment(example.text), template.label_prefix_segment,
+                       template.label_segment(labels[example.label]), template.separator]  # fmt: skip
+        return "".join([*pieces, template.text_segment(query.text), template.label_prefix_segment])
+
     def _ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
@@ -121,7 +124,10 @@ class PromptBuilder:
         if ids is None:
             template = self.task.template
             question = template.text_segment(text) + template.label_prefix_segment
-            ids = self._ids(question) if first else self._encode_after("", template.separator + question)
+            if first:
+                ids = self._ids(template.instruction + question)
+            else:
+                ids = self._encode_after("", template.separator + question)
             self._question_ids[text, first] = ids
         return ids
 
@@ -203,7 +209,7 @@ def sample_prompts(
     return prompts
 
 
-class PromptCollator:
+class PromptCollator(Collator[Prompt]):
     """Makes a padded batch out of prompts; fit to be the ``collate_fn`` of a ``DataLoader``.
 
     Padding takes the tokenizer's padding token, or its EOS, or id 0 where it has neither: no token attends to
@@ -219,6 +225,8 @@ class PromptCollator:
         ValueError: ``padding_side`` is neither "right" nor "left".
     """
 
+    noun = "prompt"
+
     def __init__(
         self,
         builder: PromptBuilder,
@@ -227,13 +235,7 @@ class PromptCollator:
         packing: bool = False,
         tokens_per_batch: int | None = None,
     ) -> None:
-        if padding_side not in ("right", "left"):
-            raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
-        self.packing, self.tokens_per_batch = packing, tokens_per_batch
-        tokenizer = builder.tokenizer
-        known = (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None)
-        self.pad_token_id: int = next(known, 0)
-        self.padding_side = padding_side
+        super().__init__(padding_id(builder.tokenizer), padding_side, packing, tokens_per_batch)
         self._label_token_ids = torch.tensor(builder.label_token_ids)
 
     def __call__(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -261,79 +263,25 @@ class PromptCollator:
         Raises:
             ValueError: there are no prompts, or one is longer than ``tokens_per_batch``.
         """
-        if not prompts:
-            raise ValueError("cannot collate an empty list of prompts")
-        if self.packing:
-            parts = [self._packed(part) for part in _within_budget(prompts, self.tokens_per_batch)]
-            return parts[0] if len(parts) == 1 else {"parts": parts}
-        lengths = torch.tensor([prompt.length for prompt in prompts])
-        shape = (len(prompts), int(lengths.max()))
-        starts = shape[1] - lengths if self.padding_side == "left" else torch.zeros_like(lengths)
-        # Each token's index in its own prompt; negative or past the end at padding.
-        offsets = torch.arange(shape[1]) - starts[:, None]
-        mask = (offsets >= 0) & (offsets < lengths[:, None])
+        return super().__call__(prompts)
 
-        input_ids = torch.full(shape, self.pad_token_id)
-        input_ids[mask] = torch.tensor([token for prompt in prompts for token in prompt.input_ids])
-        key_groups = torch.full(shape, NO_GROUP, dtype=torch.int8)
-        for row, (prompt, start) in enumerate(zip(prompts, starts.tolist(), strict=True)):
-            key_groups[row, start + torch.tensor(prompt.label_positions, dtype=torch.long)] = _groups(prompt)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": mask.long(),
-            "position_ids": offsets.where(mask, 0),
-            "key_groups": key_groups,
-            "query_positions": (starts + lengths - 1)[:, None],
-            **self._of_prompts(prompts),
-        }
+    def _key_groups(self, sample: Prompt) -> Tensor:
+        groups = torch.full((sample.length,), NO_GROUP, dtype=torch.int8)
+        correct = torch.tensor(sample.demonstration_labels, dtype=torch.long) == sample.query_label
+        labels = torch.where(correct, CORRECT_LABELS, WRONG_LABELS).to(torch.int8)
+        groups[torch.tensor(sample.label_positions, dtype=torch.long)] = labels
+        return groups
 
-    def _of_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        labels = torch.tensor([prompt.query_label for prompt in prompts])
-        correct = [sum(label == prompt.query_label for label in prompt.demonstration_labels) for prompt in prompts]
+    def _rows(self, samples: Sequence[Prompt]) -> Tensor:
+        return torch.tensor([[prompt.length - 1] for prompt in samples])
+
+    def _counts(self, samples: Sequence[Prompt]) -> dict[str, Tensor]:
+        labels = torch.tensor([prompt.query_label for prompt in samples])
+        correct = [sum(label == prompt.query_label for label in prompt.demonstration_labels) for prompt in samples]
         return {
-            "prompt_lengths": torch.tensor([prompt.length for prompt in prompts]),
-            "demonstrations": torch.tensor([len(prompt.label_positions) for prompt in prompts]),
+            "prompt_lengths": torch.tensor([prompt.length for prompt in samples]),
+            "demonstrations": torch.tensor([len(prompt.label_positions) for prompt in samples]),
             "correct_demonstrations": torch.tensor(correct),
             "labels": labels,
             "label_ids": self._label_token_ids[labels],
         }
-
-    def _packed(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        lengths = torch.tensor([prompt.length for prompt in prompts])
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        key_groups = torch.full((1, int(bounds[-1])), NO_GROUP, dtype=torch.int8)
-        for start, prompt in zip(bounds.tolist(), prompts, strict=False):
-            key_groups[0, start + torch.tensor(prompt.label_positions, dtype=torch.long)] = _groups(prompt)
-        return {
-            "input_ids": torch.tensor([[token for prompt in prompts for token in prompt.input_ids]]),
-            "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
-            "key_groups": key_groups,
-            "query_positions": bounds[1:, None] - 1,
-            "cu_seqlens": bounds.to(torch.int32),
-            **self._of_prompts(prompts),
-        }
-
-
-def _groups(prompt: Prompt) -> Tensor:
-    """Group of each demonstration's label token, int8 (k,)."""
-    correct = torch.tensor(prompt.demonstration_labels, dtype=torch.long) == prompt.query_label
-    return torch.where(correct, CORRECT_LABELS, WRONG_LABELS).to(torch.int8)
-
-
-def _within_budget(prompts: Sequence[Prompt], tokens: int | None) -> list[list[Prompt]]:
-    """The prompts in as few parts within the budget as first-fit-decreasing finds."""
-    if tokens is None:
-        return [list(prompts)]
-    parts: list[list[Prompt]] = []
-    room: list[int] = []
-    for prompt in sorted(prompts, key=lambda prompt: prompt.length, reverse=True):
-        if prompt.length > tokens:
-            raise ValueError(f"a prompt of {prompt.length} tokens is over tokens_per_batch={tokens}; raise it")
-        place = next((i for i, left in enumerate(room) if left >= prompt.length), None)
-        if place is None:
-            parts.append([])
-            room.append(tokens)
-            place = len(parts) - 1
-        parts[place].append(prompt)
-        room[place] -= prompt.length
-    return parts

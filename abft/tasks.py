@@ -18,6 +18,7 @@ class Template:
         text_prefix: stands before the text, with a space between; may be empty.
         label_prefix: stands before the label, and is the last thing in a prompt.
         separator: follows each demonstration.
+        instruction: opens the prompt, with the white space that follows it.
 
     Raises:
         ValueError: the label prefix is blank (the query would not end in a token of its own), or ends in
@@ -27,6 +28,7 @@ class Template:
     text_prefix: str = "sentence:"
     label_prefix: str = "sentiment:"
     separator: str = "\n"
+    instruction: str = ""
 
     def __post_init__(self) -> None:
         if not self.label_prefix or self.label_prefix != self.label_prefix.rstrip():

@@ -4,6 +4,8 @@
     trainer.train()
     trainer.save_model()
 
+In the place of prompts and their builder it takes attention targets (`abft.targets`).
+
 Source: arXiv 2505.14233, sections 3 and 4 for the loss and the defaults.
 """
 
@@ -15,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +28,21 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from abft.attention import enable
+from abft.collation import padding_id
 from abft.config import ABFTConfig
-from abft.evaluation import evaluate
+from abft.evaluation import Evaluation, evaluate
 from abft.losses import ABFTLoss, HeadCountController, abft_loss
 from abft.masses import forward, layer_masses
 from abft.parameters import TrainedParameter, lora_qk, train_qk
 from abft.prompts import Prompt, PromptBuilder, PromptCollator
+from abft.targets import AttentionTarget, TargetCollator, TargetEvaluation, evaluate_targets
 from abft.weights import load_trained, read_config, save_trained, whole_state_dict
 
 __all__ = ["ABFTConfig", "ABFTTrainer", "last_complete_checkpoint"]
 
 logger = logging.getLogger(__name__)
+
+_Samples: TypeAlias = Sequence[Prompt] | Sequence[AttentionTarget]
 
 
 class HeadCountState(TrainerCallback, ExportableState):
@@ -64,19 +70,21 @@ class HeadCountState(TrainerCallback, ExportableState):
 
 
 class ABFTTrainer(Trainer):
-    """Trains W_Q and W_K with the attention loss, or end to end, on in-context-learning prompts.
+    """Trains W_Q and W_K with the attention loss, or end to end, on in-context-learning prompts or attention targets.
 
     Args:
         model: a causal decoder of transformers; switched to the `"abft"` attention, its other parameters frozen (and
             wrapped by PEFT if `args.lora`: use `trainer.model` afterwards).
         args: options.
-        train_dataset: prompts, batched with padding.
-        builder: the prompts' builder.
-        eval_dataset: prompts on which :meth:`evaluate` reports accuracy, macro-F1, likelihood and ECE.
+        train_dataset: prompts, or attention targets (:class:`abft.AttentionTarget`).
+        builder: the prompts' builder; None for targets.
+        eval_dataset: what :meth:`evaluate` reports on, prompts or targets as above.
         kwargs: handed to `transformers.Trainer` (callbacks, optimizers, …).
 
     Raises:
-        ValueError: no prompts; weight decay on a fused projection, which would move v.
+        TypeError: prompts without their builder, or targets with one.
+        ValueError: no prompts; targets without `label_id` for `method="e2e"`; weight decay on a fused projection, which
+            would move v.
         NotImplementedError: a model that cannot take the attention (see :func:`abft.attention.enable`).
     """
 
@@ -86,13 +94,15 @@ class ABFTTrainer(Trainer):
         self,
         model: PreTrainedModel,
         args: ABFTConfig,
-        train_dataset: Sequence[Prompt],
-        builder: PromptBuilder,
-        eval_dataset: Sequence[Prompt] | None = None,
+        train_dataset: _Samples,
+        builder: PromptBuilder | None = None,
+        eval_dataset: _Samples | None = None,
         **kwargs: Any,
     ) -> None:
         if not len(train_dataset):
             raise ValueError("train_dataset is empty; pass the prompts to train on")
+        _check_kind(train_dataset, builder, args.method)
+        _check_kind(eval_dataset or [], builder)
         _check_lengths(model, args, train_dataset)
         enable(model)
         self.trained: list[TrainedParameter] = []
@@ -118,7 +128,12 @@ class ABFTTrainer(Trainer):
         self._step_sums: dict[str, Tensor] = {}
         self._step_logs: dict[str, float] = {}
         self._warned_collapse = False
-        collator = PromptCollator(builder, packing=args.packing, tokens_per_batch=args.tokens_per_batch)
+        layout: dict[str, Any] = {"packing": args.packing, "tokens_per_batch": args.tokens_per_batch}
+        collator = (
+            TargetCollator(padding_id(model.config.get_text_config()), **layout)
+            if builder is None
+            else PromptCollator(builder, **layout)
+        )
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=collator,
             **kwargs,
@@ -216,6 +231,7 @@ class ABFTTrainer(Trainer):
             masses, inputs["correct_demonstrations"], inputs["demonstrations"], inputs["prompt_lengths"],
             wrong_penalty=self.controller.wrong_penalty, correct_award=self.args.correct_award,
             head_filter=self.args.head_filter, per_head_mean=self.args.per_head_mean,
+            row_weights=inputs.get("row_weights"),
         )  # fmt: skip
 
     def _abft_per_prompt(
@@ -260,7 +276,7 @@ class ABFTTrainer(Trainer):
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def _e2e_per_prompt(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
-        last = inputs["query_positions"][:, 0]
+        last = inputs["query_positions"][:, -1]
         wanted, column = last.unique(return_inverse=True)
         passed = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids", "cu_seqlens")}
         outputs = forward(model, **passed, logits_to_keep=wanted)  # type: ignore[arg-type]
@@ -298,7 +314,8 @@ class ABFTTrainer(Trainer):
                 f"{head_count:.2f}; attention is collapsing. Lower the learning rate (now {self.args.learning_rate:g})"
                 if first
                 else "no head passes the induction-head filter, so nothing is trained: this model does not "
-                "look at label tokens. Use a larger model, more demonstrations, or head_filter=False",
+                "look at label tokens, or at the keys of targets. Use a larger model, more demonstrations, or "
+                "head_filter=False",
                 stacklevel=2,
             )
 
@@ -309,18 +326,25 @@ class ABFTTrainer(Trainer):
 
     def evaluate(  # type: ignore[override]
         self,
-        eval_dataset: Sequence[Prompt] | None = None,
+        eval_dataset: _Samples | None = None,
         ignore_keys: Iterable[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """In-context accuracy, macro-F1, likelihood and ECE of the current model on `eval_dataset`."""
-        prompts = self.eval_dataset if eval_dataset is None else eval_dataset
-        if prompts is None:
+        """The current model on `eval_dataset`: in-context accuracy, macro-F1, likelihood and ECE of prompts; of targets
+        next-token accuracy and masses (:class:`abft.targets.TargetEvaluation`)."""
+        samples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if samples is None:
             raise ValueError("no eval_dataset: pass the prompts to evaluate on")
-        result = evaluate(
-            self.model, prompts, self.builder,  # type: ignore[arg-type]
-            batch_size=self.args.per_device_eval_batch_size, progress=not self.args.disable_tqdm,
-        )  # fmt: skip
+        _check_kind(samples, self.builder)
+        model: Any = self.model
+        shared: dict[str, Any] = {
+            "batch_size": self.args.per_device_eval_batch_size, "progress": not self.args.disable_tqdm
+        }  # fmt: skip
+        result: Evaluation | TargetEvaluation
+        if self.builder is None:
+            result = evaluate_targets(model, samples, **shared)
+        else:
+            result = evaluate(model, samples, self.builder, **shared)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.to_dict().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -373,7 +397,18 @@ def _out_of_memory(error: BaseException, inputs: dict[str, Tensor], args: ABFTCo
     )
 
 
-def _check_lengths(model: PreTrainedModel, args: ABFTConfig, prompts: Sequence[Prompt]) -> None:
+def _check_kind(samples: _Samples, builder: PromptBuilder | None, method: str = "abft") -> None:
+    """Prompts come with a builder and targets without; those that are trained end to end have a token to train."""
+    for index, sample in enumerate(samples):
+        if isinstance(sample, AttentionTarget) != (builder is None):
+            raise TypeError(
+                f"sample {index} is {type(sample).__name__}: prompts need their builder, and targets take builder=None"
+            )
+        if method == "e2e" and isinstance(sample, AttentionTarget) and sample.label_id is None:
+            raise ValueError(f"target {index} has no label_id, the token that method='e2e' trains; give it one")
+
+
+def _check_lengths(model: PreTrainedModel, args: ABFTConfig, prompts: _Samples) -> None:
     """No prompt may be longer than the model's context or the budget of a pass."""
     longest = max(prompt.length for prompt in prompts)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
