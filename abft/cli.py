@@ -1,29 +1,35 @@
-"""The command line: `abft doctor | train | eval | plan | merge | demo`."""
+"""The command line: `abft COMMAND`, see `_USAGE`."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from abft.arguments import parse
+
 # Everything heavy is imported in the commands, so that `abft --version` and usage errors answer at once.
 
 _USAGE = """usage: abft COMMAND [OPTIONS]
 
-  doctor   what is installed, and which attention-mass backends work here
-  train    train W_Q and W_K of a model with ABFT, or its E2E baseline, on labelled texts
-  eval     in-context accuracy, macro-F1, likelihood, ECE and induction heads, before and after training
-  plan     memory by part, what fits, the longest context and a launch line, from a model's configuration alone
-  merge    write the base with what was trained merged into it, as a model folder of its own
-  demo     train and evaluate the built-in model; no download, no GPU
+  doctor      what is installed, and which attention-mass backends work here
+  train       train W_Q and W_K of a model with ABFT, or its E2E baseline, on labelled texts
+  eval        in-context accuracy, macro-F1, likelihood, ECE and induction heads, before and after training
+  experiment  methods × tasks × seeds of the paper's evaluation, trained, tested and reported
+  analyze     what training changed inside: attention, weights, mode connectivity, implicit fine-tuning
+  report      experiments as one HTML file, and their tables as Markdown and LaTeX
+  compare     two runs on the same prompts
+  heads       induction heads of a model on repeated text, and retrieval heads on a needle, at any length
+  prototype   the options of the method's published code, unchanged
+  plan        memory by part, what fits, the longest context and a launch line, from a model's configuration alone
+  merge       write the base with what was trained merged into it, as a model folder of its own
+  demo        train and evaluate the built-in model; no download, no GPU
 
   abft COMMAND --help    options of a command
   abft --version"""
@@ -118,14 +124,6 @@ class DemoOptions:
     quiet: bool = field(default=False, metadata={"help": "no progress bars"})
 
 
-def _parse(command: str, arguments: Sequence[str], *types: Any) -> tuple[Any, ...]:
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(list(types), prog=f"abft {command}", description=types[0].__doc__)
-    parsed = parser.parse_args_into_dataclasses(list(arguments))
-    return tuple(parsed)
-
-
 def _task(options: PromptOptions, labels: Sequence[str] | None = None) -> Any:
     """The task of the options; `labels` are those found in a file."""
     from abft.tasks import Task, Template, get_task
@@ -145,43 +143,11 @@ def _known_labels(options: PromptOptions) -> Sequence[str] | None:
     return None
 
 
-def _load_base(options: PromptOptions, **more: Any) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import abft.attention
-
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, attn_implementation=abft.attention.ATTENTION, **_loading(options), **more
-    )
-    return model, tokenizer
-
-
-def _loading(options: PromptOptions) -> dict[str, Any]:
-    """How the base is loaded: its dtype, or 4 bits."""
-    if not options.load_in_4bit:
-        return {"dtype": options.dtype}
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if find_spec("bitsandbytes") is None:
-        raise ValueError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
-    dtype = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    return {"dtype": dtype, "quantization_config": config, "device_map": {"": _local_device()}}
-
-
-def _local_device() -> str | int:
-    """The device of this process, one of several under torchrun."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if _device() == "cuda" else "cpu"
-
-
 def _builder(model: Any, tokenizer: Any, task: Any) -> Any:
+    from abft.loading import context_of
     from abft.prompts import PromptBuilder
 
-    return PromptBuilder(tokenizer, task, max_length=getattr(model.config, "max_position_embeddings", None))
+    return PromptBuilder(tokenizer, task, max_length=context_of(model.config))
 
 
 def _load(path: str, options: PromptOptions, labels: Sequence[str] | None) -> tuple[list[Any], tuple[str, ...]]:
@@ -207,13 +173,14 @@ def _train(arguments: Sequence[str]) -> int:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from abft.data import split_examples
+    from abft.loading import load_base, load_tokenizer
     from abft.progress import TrainingProgress
     from abft.prompts import sample_prompts
     from abft.report import save_figure, training_figure
     from abft.training import ABFTConfig, ABFTTrainer, last_complete_checkpoint
     from abft.weights import is_trained_folder, write_json
 
-    options, config = _parse("train", arguments, TrainOptions, ABFTConfig)
+    options, config = parse("train", arguments, TrainOptions, ABFTConfig)
     console = Console()
     if config.output_dir is None:
         raise ValueError("--output_dir is missing: give the folder to write")
@@ -244,7 +211,8 @@ def _train(arguments: Sequence[str]) -> int:
         options.dtype = "float32"  # bfloat16 would round most of the updates away
 
     split = {"tp_plan": "auto"} if config.tensor_parallel_size > 1 else {}
-    model, tokenizer = _load_base(options, **split)
+    model = load_base(options.model, dtype=options.dtype, load_in_4bit=options.load_in_4bit, **split)
+    tokenizer = load_tokenizer(options.model)
     builder = _builder(model, tokenizer, _task(options, labels))
     prompts = sample_prompts(builder, parts["queries"], pool, options.k, options.prompt_seed)
     progress = TrainingProgress(config.method.upper(), enabled=not config.disable_tqdm)
@@ -271,19 +239,21 @@ def _train(arguments: Sequence[str]) -> int:
 
 def _eval(arguments: Sequence[str]) -> int:
     from abft.evaluation import evaluate
+    from abft.loading import default_device, load_base, load_tokenizer, loading_arguments
     from abft.prompts import sample_prompts
     from abft.report import head_figure, metrics_table, save_figure
     from abft.statistics import head_statistics
     from abft.weights import from_pretrained, is_trained_folder, write_json
 
-    (options,) = _parse("eval", arguments, EvalOptions)
+    (options,) = parse("eval", arguments, EvalOptions)
     for folder in options.trained:
         if not is_trained_folder(folder):
             raise ValueError(f"--trained {folder!r} holds no trained weights; give a folder that `abft train` finished")
     pool, labels = _load(options.demonstration_file, options, _known_labels(options))
     queries, _ = _load(options.test_file, options, labels)
     queries = queries[: options.num_prompts]
-    model, tokenizer = _load_base(options)
+    loading = {"dtype": options.dtype, "load_in_4bit": options.load_in_4bit}
+    model, tokenizer = load_base(options.model, **loading), load_tokenizer(options.model)
     builder = _builder(model, tokenizer, _task(options, labels))
     prompts = sample_prompts(builder, queries, pool, options.k, options.prompt_seed)
 
@@ -292,9 +262,9 @@ def _eval(arguments: Sequence[str]) -> int:
     statistics = {}
     for name in ["vanilla", *options.trained]:
         if name != "vanilla":
-            model = from_pretrained(name, options.model, **_loading(options))
+            model = from_pretrained(name, options.model, **loading_arguments(**loading))
         if not options.load_in_4bit:  # which is where it belongs already
-            model.to(_device())
+            model.to(default_device())
         metrics = evaluate(model, prompts, builder, **shared).to_dict()
         statistics[name] = head_statistics(model, prompts, builder, **shared)
         runs[name] = {**metrics, **statistics[name].to_dict()}
@@ -311,7 +281,7 @@ def _eval(arguments: Sequence[str]) -> int:
 def _plan(arguments: Sequence[str]) -> int:
     from abft.plan import plan
 
-    (options,) = _parse("plan", arguments, PlanOptions)
+    (options,) = parse("plan", arguments, PlanOptions)
     result = plan(**dataclasses.asdict(options))
     Console(width=110).print(*result.tables(), sep="\n")
     return 0 if result.fits else 1
@@ -320,29 +290,16 @@ def _plan(arguments: Sequence[str]) -> int:
 def _merge(arguments: Sequence[str]) -> int:
     from abft.weights import merge
 
-    (options,) = _parse("merge", arguments, MergeOptions)
+    (options,) = parse("merge", arguments, MergeOptions)
     merge(options.model, options.trained, options.output_dir, dtype=options.dtype)
     Console().print(f"{options.model} with {options.trained} merged into it: {options.output_dir}")
     return 0
 
 
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _provenance(options: Any) -> dict[str, Any]:
-    from datetime import datetime, timezone
+    from abft.provenance import provenance
 
-    from abft.doctor import versions
-
-    return {
-        "command": ["abft", *sys.argv[1:]],
-        "options": dataclasses.asdict(options),
-        "versions": versions(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    return {**provenance(), "options": dataclasses.asdict(options)}
 
 
 def _demo(arguments: Sequence[str]) -> int:
@@ -350,15 +307,25 @@ def _demo(arguments: Sequence[str]) -> int:
 
     from abft.demo.run import run_demo
 
-    (options,) = _parse("demo", arguments, DemoOptions)
+    (options,) = parse("demo", arguments, DemoOptions)
     disable_progress_bar()  # a bar for each time the small model is read from disk
     return run_demo(Path(options.output), options.seeds, progress=not options.quiet)
+
+
+def _benchmark(command: str) -> Callable[[Sequence[str]], int]:
+    def run(arguments: Sequence[str]) -> int:
+        from abft.benchmark import commands
+
+        return commands.COMMANDS[command](arguments)
+
+    return run
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": _doctor,
     "train": _train,
     "eval": _eval,
+    **{name: _benchmark(name) for name in ("experiment", "analyze", "report", "compare", "heads", "prototype")},
     "plan": _plan,
     "merge": _merge,
     "demo": _demo,

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from abft.statistics import HeadStatistics
 
-__all__ = ["accuracy_figure", "head_figure", "metrics_table", "save_figure", "training_figure"]
+__all__ = ["accuracy_figure", "head_figure", "metrics_table", "new_figure", "save_figure", "training_figure"]
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"
 _METRICS = {
@@ -44,7 +44,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     os.replace(temporary, path)
 
 
-def _figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
+    """A figure of so many inches with so many panels side by side, drawn without a display; and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, **kwargs)
@@ -58,7 +59,7 @@ def accuracy_figure(vanilla: float, runs: Mapping[str, Sequence[float]], n: int)
         runs: method → accuracies over seeds.
         n: test prompts, for the band of one standard error around vanilla.
     """
-    figure, axes = _figure(4.2, 3.2)
+    figure, axes = new_figure(4.2, 3.2)
     for index, values in enumerate(runs.values()):
         mean = sum(values) / len(values)
         color, hatch = ((BLUE, ""), (ORANGE, "//"), (GREEN, ".."))[index % 3]
@@ -78,7 +79,7 @@ def accuracy_figure(vanilla: float, runs: Mapping[str, Sequence[float]], n: int)
 
 def head_figure(before: HeadStatistics, after: HeadStatistics, names: tuple[str, str] = ("before", "after")) -> Figure:
     """Of each head's attention on labels, the share on correct ones, before and after; dots mark induction heads."""
-    figure, axes = _figure(6.4, 3.0, 2, sharey=True)
+    figure, axes = new_figure(6.4, 3.0, 2, sharey=True)
     for axis, statistics, name in zip(axes, (before, after), names, strict=True):
         image = axis.imshow(statistics.correct_share.numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
         layers, heads = torch.nonzero(statistics.induction_rate >= 0.5, as_tuple=True)
@@ -100,10 +101,10 @@ def training_figure(history: Sequence[Mapping[str, float]]) -> Figure:
     panels: list[tuple[str, list[tuple[str, str, str]]]] = [("loss", [("loss", BLUE, "-")])]
     if steps and "induction_heads" in steps[-1]:
         panels += [
-            ("mean mass of induction heads", [("mass_correct", BLUE, "-"), ("mass_wrong", ORANGE, "--")]),
+            ("mass per induction head", [("mass_correct", BLUE, "-"), ("mass_wrong", ORANGE, "--")]),
             ("per prompt", [("induction_heads", BLUE, "-"), ("wrong_penalty", ORANGE, "--")]),
         ]
-    figure, axes = _figure(3.2 * len(panels), 2.6, len(panels), squeeze=False)
+    figure, axes = new_figure(3.2 * len(panels), 2.6, len(panels), squeeze=False)
     for axis, (label, series) in zip(axes[0], panels, strict=True):
         for name, color, style in series:
             axis.plot(x, [entry.get(name, float("nan")) for entry in steps], style, color=color, label=name)

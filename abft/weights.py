@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import abft.attention as _adapter
 from abft.parameters import TrainedParameter, find_qk
 
-__all__ = ["from_pretrained", "is_trained_folder", "load_trained", "merge", "save_trained", "write_json"]
+__all__ = ["from_pretrained", "is_trained_folder", "load_trained", "merge", "save_trained", "write_json",
+           "write_text"]  # fmt: skip
 
 WEIGHTS = "qk_weights.safetensors"
 CONFIG = "abft_config.json"
@@ -33,14 +34,18 @@ FORMAT_VERSION = 1
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Writes JSON whole or not at all: into a temporary file beside `path`, then moved over it."""
+    """Writes JSON whole or not at all."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text whole or not at all: into a temporary file beside `path`, then moved over it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+            file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -7,31 +7,14 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from abft.provenance import git, processor
+
 __all__ = ["provenance", "spread", "write_json"]
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def provenance(packages: tuple[str, ...] = ("torch", "triton", "transformers")) -> dict[str, Any]:
@@ -45,13 +28,14 @@ def provenance(packages: tuple[str, ...] = ("torch", "triton", "transformers")) 
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    here = Path(__file__).parent
+    status = git("status", "--porcelain", "--untracked-files=no", folder=here)
     return {
         "command": " ".join(["python", "-m", "bench", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("BENCH_COMMIT"),
+        "commit": git("rev-parse", "HEAD", folder=here) or os.environ.get("BENCH_COMMIT"),
         "dirty": bool(status) if status is not None else {"0": False, "1": True}.get(os.environ.get("BENCH_DIRTY", "")),
         "versions": versions,
-        "processor": _processor(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
         "load_average": [round(load, 2) for load in os.getloadavg()],  # at the start
         "platform": f"{platform.system()} {platform.machine()}",

@@ -103,6 +103,15 @@ DEMO_TASK = Task("topics", ("music", "food", "sport", "space"), Template("text:"
 TRANSFER_TASK = replace(DEMO_TASK, name="other topics", labels=("ocean", "health", "school", "weather"))
 """The same question about four topics that the demo does not train on."""
 
+THIRD_TASK = replace(DEMO_TASK, name="more topics", labels=("travel", "garden", "computer", "money"))
+"""Four more."""
+
+MOOD_TASK = Task("moods", ("happy", "sad", "angry", "calm"), Template("text:", "mood:"))
+"""Asks of the same kind of text the other thing: its mood."""
+
+DEMO_TASKS = (DEMO_TASK, TRANSFER_TASK, THIRD_TASK, MOOD_TASK)
+"""The tasks of experiments on the demo model."""
+
 DEMO_K = 8
 """Demonstrations per prompt of the demo task."""
 
@@ -185,21 +194,22 @@ def demo_splits(
     demonstrations: int = 2048,
     test: int = 1024,
 ) -> DemoSplits:
-    """Draws disjoint examples of a demo task: texts with a topic, which is the class, and any mood.
+    """Draws disjoint examples of a demo task: texts with a topic and a mood, one of which is the class.
 
     Args:
         seed: of all draws.
-        task: its labels are names of topics.
+        task: its labels are names of topics, or of moods.
         train: number of training queries.
         demonstrations: size of the demonstration pool.
         test: number of test queries.
 
     Raises:
-        ValueError: a label of the task that is no topic, or a negative size.
+        ValueError: a label of the task that is no topic (no mood, where others are), or a negative size.
     """
-    unknown = [label for label in task.labels if label not in TOPICS]
+    traits, what = (MOODS, "moods") if set(task.labels) & set(MOODS) else (TOPICS, "topics")
+    unknown = [label for label in task.labels if label not in traits]
     if unknown:
-        raise ValueError(f"labels {unknown} are no topics; choose among {', '.join(TOPICS)}")
+        raise ValueError(f"labels {unknown} are no {what}; choose among {', '.join(traits)}")
     sizes = {"train": train, "demonstrations": demonstrations, "test": test}
     stream = _distinct_examples(random.Random(seed), task)
     examples = [next(stream) for _ in range(sum(sizes.values()))]
@@ -207,10 +217,13 @@ def demo_splits(
 
 
 def _distinct_examples(rng: random.Random, task: Task) -> Iterator[Example]:
+    asks_mood = task.labels[0] in MOODS
+    others = sorted(TOPICS if asks_mood else MOODS)
     seen = set()
     while True:
         label = rng.randrange(len(task.labels))
-        text = mixed_text(rng, task.labels[label], rng.choice(sorted(MOODS)))
+        traits = (task.labels[label], rng.choice(others))
+        text = mixed_text(rng, *(reversed(traits) if asks_mood else traits))
         if text not in seen:
             seen.add(text)
             yield Example(text, label)

@@ -1,0 +1,1 @@
+"""The paper's evaluation: StaICC's tasks and tests, and experiments made of them."""

@@ -1,0 +1,68 @@
+"""What is compared: the untrained model, ABFT and its ablations, and its baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["GROUPS", "METHODS", "Method", "resolve_methods"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a table.
+
+    Args:
+        name: as given on the command line.
+        title: as shown.
+        options: fields of `ABFTConfig` that make it differ from ABFT; None for what is not trained.
+    """
+
+    name: str
+    title: str
+    options: dict[str, Any] | None = field(default_factory=dict)
+
+    @property
+    def trained(self) -> bool:
+        return self.options is not None
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("vanilla", "vanilla", None),
+        Method("calibration", "contextual calibration", None),
+        Method("abft", "ABFT"),
+        Method("e2e", "E2E", {"method": "e2e", "restricted_gradient": False}),
+        Method("no_pid", "ABFT without PID", {"adaption": "none"}),
+        Method("no_pid_no_filter", "ABFT without PID and filter", {"adaption": "none", "head_filter": False}),
+        # PID would move A away from 0.
+        Method("a0", "ABFT with A = 0", {"wrong_penalty": 0.0, "adaption": "none"}),
+        Method("b0", "ABFT with B = 0", {"correct_award": 0.0}),
+        Method("restricted", "ABFT, restricted gradient", {"restricted_gradient": True}),
+    )
+}
+"""By name. The ablations are those of arXiv 2505.14233, Table 4."""
+
+GROUPS = {
+    "paper": ("vanilla", "calibration", "abft", "e2e"),
+    "ablation": ("vanilla", "abft", "no_pid", "no_pid_no_filter", "a0", "b0"),
+}
+"""Names that stand for several."""
+
+
+def resolve_methods(names: Sequence[str]) -> list[Method]:
+    """The methods of these names and groups, each once, in the order of `METHODS`.
+
+    Raises:
+        ValueError: an unknown name, or none at all.
+    """
+    wanted: set[str] = set()
+    for name in names:
+        if name not in METHODS and name not in GROUPS:
+            raise ValueError(f"unknown method {name!r}; known are {', '.join((*METHODS, *GROUPS))}")
+        wanted |= set(GROUPS.get(name, (name,)))
+    if not wanted:
+        raise ValueError(f"no methods; choose among {', '.join((*METHODS, *GROUPS))}")
+    return [method for name, method in METHODS.items() if name in wanted]

@@ -1,0 +1,37 @@
+"""Shared by the tests of the evaluation: a task small enough to run whole, and the demo model."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from transformers import AutoTokenizer
+
+from abft.benchmark.staicc import TaskData
+from abft.data import Example
+from abft.demo.corpus import DEMO_TASK, mixed_text
+from abft.demo.run import MODEL
+from abft.loading import load_base
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture
+def demo_model():
+    return load_base(str(MODEL), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def small_data() -> TaskData:
+    """40 to train on, 60 demonstrations, 16 queries of the demo's task."""
+    rng = random.Random(1)
+
+    def example() -> Example:
+        label = rng.randrange(4)
+        return Example(mixed_text(rng, DEMO_TASK.labels[label], "happy"), label)
+
+    examples = [example() for _ in range(116)]
+    return TaskData(DEMO_TASK, examples[:40], examples[40:100], examples[100:])
