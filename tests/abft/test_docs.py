@@ -1,5 +1,6 @@
 """What the documents say of the code: the table of models, and examples that run."""
 
+import json
 import os
 import socket
 import subprocess
@@ -48,6 +49,18 @@ def test_four_bits_on_one_gpu(model_folder, files, tmp_path):
                "--output", tmp_path / "run", "--prompts", "32", "--tokens_per_batch", "128", *PREFIXES])  # fmt: skip
     assert "adapter in" in out
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / "run"))
+
+
+def test_long_context_retrieval(tmp_path):
+    out = run([sys.executable, EXAMPLES / "long_context_retrieval.py", "--output", tmp_path / "result.json",
+               "--seeds", "0", "--records", "4", "--pretraining_steps", "20", "--targets", "64", "--tests", "32",
+               "--threads", "1"])  # fmt: skip
+    assert "16 records, mean over seeds: vanilla" in out
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((tmp_path / "result.json").read_text())
+    assert set(saved["accuracy_mean"]) == {"vanilla", "E2E", "targets"}
+    trained_at = {name: of["16"]["best_head_positive_mass"] for name, of in saved["seeds"]["0"].items()}
+    assert trained_at["targets"] > trained_at["vanilla"]
 
 
 @pytest.mark.skipif(
