@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from abft.doctor import versions
-
 __all__ = ["git", "processor", "provenance"]
 
 
@@ -35,6 +33,8 @@ def processor() -> str:
 
 def provenance() -> dict[str, Any]:
     """Of a result that is made now by this process; plain data."""
+    from abft.doctor import versions  # needs torch and rich, which the rest of this module does not
+
     package = Path(__file__).parent
     installed = "site-packages" in package.parts  # then a repository around it is not this project's
     commit = None if installed else git("rev-parse", "HEAD", folder=package)

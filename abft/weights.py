@@ -133,7 +133,14 @@ def load_trained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
     """
     folder = Path(folder)
     if (folder / ADAPTER_CONFIG).is_file():
-        return PeftModel.from_pretrained(model, str(folder))
+        try:
+            return PeftModel.from_pretrained(model, str(folder))
+        except (RuntimeError, ValueError) as error:
+            trained_on = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+            raise ValueError(
+                f"the adapter in {folder} does not fit this {model.config.model_type} model; it was trained on "
+                f"{trained_on} ({str(error).strip().splitlines()[-1].strip()})"
+            ) from error
     config = read_config(folder)
     if config["model_type"] != model.config.model_type:
         raise ValueError(

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-CASES = ("memory", "training", "precision", "aot")
+CASES = ("memory", "training", "evaluation", "precision", "aot")
 GPU_SUITES = ("correctness", "kernels", "rows", "memory", "training", "flex", "precision")
 
 

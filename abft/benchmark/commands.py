@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from abft.analysis.heads import HeadScores, induction_scores, retrieval_scores
 from abft.arguments import parse
@@ -47,6 +48,7 @@ class HeadOptions:
 
 def _experiment(arguments: Sequence[str]) -> int:
     (options,) = parse("experiment", arguments, ExperimentOptions)
+    disable_progress_bar()  # a bar for each time that the model is read from disk
     experiment = Experiment(options)
     experiment.run()
     results = Results(experiment.output)
@@ -70,10 +72,11 @@ def _analyze(arguments: Sequence[str]) -> int:
 def _report(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="abft report", description="Experiments as HTML, Markdown and LaTeX.")
     parser.add_argument("experiments", nargs="+", metavar="EXPERIMENT", help="folder that `abft experiment` wrote")
-    parser.add_argument("--output", default="report.html", help="HTML file; .md and .tex are written beside it")
+    parser.add_argument("--output", default="report.html", help="HTML file; .md, .tex and .json are written beside it")
+    parser.add_argument("--figures", default=None, help="folder to write the figures to, as PNG")
     parser.add_argument("--no_paper", action="store_true", help="leave out the paper's own figures")
     options = parser.parse_args(list(arguments))
-    _say_written(write_report(options.experiments, options.output, paper=not options.no_paper))
+    _say_written(write_report(options.experiments, options.output, paper=not options.no_paper, figures=options.figures))
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from abft.benchmark.experiment import PAPER_TASKS, Experiment, ExperimentOptions
 from abft.benchmark.mauve import check_mauve, continuations, mauve_score
@@ -126,6 +127,7 @@ def _largest_batch(pseudo_batch_size: int) -> int:
 def prototype(arguments: Sequence[str]) -> int:
     """Runs the command; returns 0."""
     options = _parser().parse_args(list(arguments))
+    disable_progress_bar()
     prefixes = _prefixes(options.MAUVE_prefix)
     if options.MAUVE_test:
         check_mauve()

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from abft.benchmark.metrics import paired_bootstrap
 from abft.benchmark.results import Claim, Results, accuracy, paper_averages
 from abft.benchmark.runs import Run, read_analysis, read_run
 from abft.benchmark.tables import Table, points, with_error
+from abft.report import save_figure
 from abft.weights import write_text
 
 __all__ = ["compare_runs", "experiment_tables", "overview_table", "write_report"]
@@ -45,14 +46,19 @@ class _Part:
 
 
 def write_report(
-    folders: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, paper: bool = True
+    folders: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    paper: bool = True,
+    figures: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
     """Writes the report of one or more experiments.
 
     Args:
         folders: that `abft experiment` wrote.
-        output: the HTML file; the tables go beside it, as `.md` and `.tex`.
+        output: the HTML file; the tables go beside it, as `.md`, `.tex` and `.json`.
         paper: set the paper's figures beside those of a model of the same name.
+        figures: folder for the figures as PNG; None for in the page only.
 
     Returns:
         The files written.
@@ -62,7 +68,9 @@ def write_report(
     """
     output = Path(output)
     if output.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"output must end in .html, got {output}; the tables are written beside it as .md and .tex")
+        raise ValueError(
+            f"output must end in .html, got {output}; the tables are written beside it as .md, .tex and .json"
+        )
     if not folders:
         raise ValueError("no experiments; give folders that `abft experiment` wrote")
     experiments = [Results(folder) for folder in folders]
@@ -85,9 +93,34 @@ def write_report(
         output.with_suffix(".md"): "\n".join([*(table.markdown() for table in tables), claims, ""]),
         output.with_suffix(".tex"): "\n".join(table.latex() for table in tables),
     }
+    data = {
+        "tables": [{"name": t.name, "caption": t.caption, "columns": list(t.columns), "rows": t.rows} for t in tables],
+        "experiments": [
+            {"model": part.heading, "setup": part.setup, "provenance": json.loads(part.provenance),
+             "claims": [{**asdict(claim), "verdict": claim.verdict} for claim in part.claims]}
+            for part in parts
+        ],
+    }  # fmt: skip
+    contents[output.with_suffix(".json")] = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     for path, content in contents.items():
         write_text(path, content)
-    return list(contents)
+    pictures = [] if figures is None else _write_figures(experiments, Path(figures))
+    return [*contents, *pictures]
+
+
+def _write_figures(experiments: Sequence[Results], folder: Path) -> list[Path]:
+    written = []
+    for results in experiments:
+        for name, (figure, _) in _figures(results).items():
+            written.append(folder / f"{results.folder.name}-{name}.png")
+            save_figure(figure, written[-1])
+    return written
+
+
+def _figures(results: Results) -> dict[str, tuple[Figure, str]]:
+    analysis = read_analysis(results.folder)
+    found = {} if analysis is None else analysis_figures(analysis["parts"])
+    return {**all_figures(results), **found}
 
 
 def _part(results: Results) -> _Part:
@@ -104,14 +137,12 @@ def _part(results: Results) -> _Part:
     unfinished = len(results.content["runs"]) - len(results.runs)
     if unfinished:
         setup += f". {unfinished} of {len(results.content['runs'])} runs are not finished yet"
-    figures = all_figures(results)
     analysis = read_analysis(results.folder)
     if analysis is not None:
         provenance["analysis"] = analysis["options"]
-        figures |= analysis_figures(analysis["parts"])
     return _Part(
         heading=_name(results), setup=setup + ".", claims=results.claims(), tables=experiment_tables(results, analysis),
-        figures=[_Figure(name, caption, _svg(figure)) for name, (figure, caption) in figures.items()],
+        figures=[_Figure(name, caption, _svg(figure)) for name, (figure, caption) in _figures(results).items()],
         provenance=json.dumps(provenance, indent=1, ensure_ascii=False),
     )  # fmt: skip
 

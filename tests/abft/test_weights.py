@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny_models import random_prompts, tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from abft.attention import is_enabled
 from abft.parameters import find_qk, lora_qk
@@ -106,6 +107,16 @@ def test_lora_adapter(tmp_path):
     torch.testing.assert_close(logits(from_pretrained(tmp_path / "adapter")), logits(model), atol=1e-5, rtol=1e-5)
 
 
+def test_lora_adapter_of_another_base(tmp_path):
+    model = lora_qk(tiny("llama"), r=4)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapter does not fit this gpt2 model; it was trained on"):
+        load_trained(tiny("gpt2"), tmp_path / "adapter")
+    wider = LlamaForCausalLM(LlamaConfig(**{**tiny("llama").config.to_dict(), "hidden_size": 64}))
+    with pytest.raises(ValueError, match=r"adapter does not fit this llama model.*size mismatch"):
+        load_trained(wider, tmp_path / "adapter")
+
+
 def assert_raises_and_changes_nothing(model, folder, match, error=ValueError):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(error, match=match):
@@ -174,11 +185,10 @@ def test_json_is_whole_or_old(tmp_path, monkeypatch):
     write_json(path, {"accuracy": 0.5, "name": "µ"})
     assert json.loads(path.read_text(encoding="utf-8")) == {"accuracy": 0.5, "name": "µ"}
 
-    def interrupted(data, file, **kwargs):
-        file.write('{"accuracy": 0.')
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("abft.weights.json.dump", interrupted)
+    monkeypatch.setattr("abft.weights.os.replace", interrupted)  # all is written, nothing moved
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"accuracy": 0.9})
     assert json.loads(path.read_text(encoding="utf-8"))["accuracy"] == 0.5

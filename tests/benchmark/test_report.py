@@ -185,7 +185,7 @@ def test_report_stands_alone(report):
     assert set(re.findall(r'<figure id="([\w-]+)"', html)) == FIGURES
     assert "{{" not in html
     accuracy = 100 * Results(report.parent).summary("abft", "topics", lambda result: result["accuracy"])[0]
-    for path in (report, report.with_suffix(".md"), report.with_suffix(".tex")):
+    for path in (report, report.with_suffix(".md"), report.with_suffix(".tex"), report.with_suffix(".json")):
         assert f"{accuracy:.1f}" in path.read_text()
 
 
@@ -203,7 +203,13 @@ def test_names_are_escaped(tmp_path):
 def test_report_of_unfinished_and_of_several(tmp_path):
     first, second = made(tmp_path / "1", GOOD), made(tmp_path / "2", GOOD, model="gpt2-xl")
     shutil.rmtree(second / "runs" / "e2e-a-n512-seed0")
-    assert main(["report", str(first), str(second), "--output", str(tmp_path / "both.html")]) == 0
+    pictures = tmp_path / "pictures"
+    command = ["report", str(first), str(second), "--output", str(tmp_path / "both.html"), "--figures", str(pictures)]
+    assert main(command) == 0
+    assert {path.name for path in pictures.iterdir()} >= {"1-accuracy.png", "2-accuracy.png", "1-generalization.png"}
+    data = json.loads((tmp_path / "both.json").read_text())
+    assert [experiment["model"] for experiment in data["experiments"]] == ["demo", "gpt2-xl"]
+    assert data["tables"][0]["rows"][1][1] == "75.0 ± 5.0"
     html = (tmp_path / "both.html").read_text()
     assert "1 of 10 runs are not finished yet" in html
     assert "gpt2-xl, ABFT" in html
