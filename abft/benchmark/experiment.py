@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from abft.benchmark.card import write_card
 from abft.benchmark.methods import METHODS, Method, resolve_methods
-from abft.benchmark.runs import EXPERIMENT, FORMAT_VERSION, Run, RunKey, check_writable, read_run
+from abft.benchmark.runs import EXPERIMENT, FORMAT_VERSION, Run, RunKey, check_writable, read_experiment, read_run
 from abft.benchmark.staicc import TaskData, load_task_data, staicc_task, staicc_task_data
 from abft.benchmark.suites import TaskSuite, check_tests
 from abft.demo.corpus import DEMO_TASKS, demo_splits
@@ -227,13 +227,18 @@ class Experiment:
     def run(self) -> list[Run]:
         """Trains and tests what is missing; the runs in their order."""
         console = Console()
-        content = {
+        content: dict[str, Any] = {
             "format_version": FORMAT_VERSION, "settings": self.settings, "tasks": list(self.data),
             "labels": {name: list(data.task.labels) for name, data in self.data.items()},
             "methods": [method.name for method in self.methods], "seeds": self.options.seeds,
             "num_prompts": self.options.num_prompts, "tests": self.options.tests,
             "runs": [vars(key) for key in self.keys],
         }  # fmt: skip
+        if (self.output / EXPERIMENT).is_file():  # what earlier commands ran in this folder stays part of it
+            earlier, _ = read_experiment(self.output)
+            for name in ("tasks", "methods", "seeds", "num_prompts", "tests", "runs"):
+                content[name] = [*earlier[name], *(item for item in content[name] if item not in earlier[name])]
+            content["labels"] = {**earlier["labels"], **content["labels"]}
         write_json(self.output / EXPERIMENT, content)
         runs = []
         for number, key in enumerate(self.keys, 1):

@@ -88,6 +88,20 @@ def test_another_test_is_added_without_training(experiment_folder, experiment_op
     assert json.loads(path.read_text())["tests"]["topics"]["Unseen"] == kept
 
 
+def test_more_of_the_same_experiment(experiment_options, tmp_path):
+    """Another method and task in the same folder join what is there."""
+    options = replace(
+        experiment_options, output_dir=str(tmp_path), tasks=["topics"], methods=["vanilla"], tests=["Normal"],
+    )  # fmt: skip
+    Experiment(options).run()
+    Experiment(replace(options, tasks=["moods"], methods=["vanilla", "calibration"], tests=["Calibration"])).run()
+    results = Results(tmp_path)
+    assert results.tasks == ["topics", "moods"]
+    assert results.content["methods"] == ["vanilla", "calibration"]
+    assert [run.key.folder for run in results.runs] == ["vanilla-topics", "vanilla-moods"]
+    assert set(results.content["labels"]) == {"topics", "moods"}
+
+
 def test_interrupted_training_goes_on(experiment_options, tmp_path, monkeypatch):
     options = replace(
         experiment_options, output_dir=str(tmp_path / "run"), tasks=["topics"], methods=["abft"], tests=["Normal"],

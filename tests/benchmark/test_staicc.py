@@ -256,3 +256,64 @@ def test_splits_and_draws_refuse_too_much(small_data):
         staicc_task_data("SST9")
     with pytest.raises(ValueError, match="StaICC has no task 'mine'"):
         staicc_task_data(Task("mine", ("a", "b")))
+
+
+# --- a byte-level tokenizer, as most models have -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def byte_level(staicc):
+    """Trained on some of the texts, and on the label words so that each is a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rows = [example.text for task in TASKS for example in staicc_task_data(task).queries[:64]]
+    labels = [f" {label}" for task in (*TASKS, staicc_task("SUBJ")) for label in task.labels]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(rows + 500 * labels, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_tokens_spell_the_prompts(pair, byte_level):
+    _, ours, _ = pair
+    suite = TaskSuite(ours, byte_level, k=4, limit=3)
+    expected = [text for number, text in enumerate(texts(ours, 4, 1024)) if number % 512 < 3]
+    for prompt, text in zip(suite.normal, expected, strict=True):
+        assert byte_level.decode(prompt.input_ids) + " " == text
+        shown = [byte_level.decode(prompt.input_ids[position]) for position in prompt.label_positions]
+        assert shown == [f" {ours.task.labels[label]}" for label in prompt.demonstration_labels]
+
+
+def test_experiment_on_their_tasks(byte_level, tmp_path):
+    """The eight of the paper by default; two here."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from abft.benchmark.experiment import PAPER_TASKS, Experiment, ExperimentOptions
+
+    config = LlamaConfig(
+        vocab_size=len(byte_level), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    byte_level.save_pretrained(tmp_path / "model")
+    options = ExperimentOptions(
+        model=str(tmp_path / "model"), output_dir=str(tmp_path / "run"), tasks=["TREC", "6"], k=2, limit=3,
+        num_prompts=[8], pseudo_batch_size=8, num_train_epochs=1, staicc_labels=True, keep_weights=False, quiet=True,
+        methods=["vanilla", "abft"], tests=["Normal", "TempSensitivity"],
+    )  # fmt: skip
+    experiment = Experiment(options)
+    assert experiment.data["SUBJ"].task.labels == ("false", "true")
+    runs = experiment.run()
+    assert [run.key.folder for run in runs] == [
+        "vanilla-TREC",
+        "vanilla-SUBJ",
+        "abft-TREC-n8-seed0",
+        "abft-SUBJ-n8-seed0",
+    ]
+    assert all(run.tests[run.key.task]["Normal"]["n"] == 6 for run in runs)
+    assert tuple(Experiment(replace(options, tasks=[], output_dir=str(tmp_path / "all"))).data) == PAPER_TASKS
