@@ -134,7 +134,7 @@ def data_efficiency(results: Results) -> dict[str, tuple[Figure, str]]:
     """Average accuracy by the number of training prompts."""
     if len(results.sizes) < 2:
         return {}
-    figure, axes = new_figure(4.6, 3.0)
+    figure, axes = new_figure(4.6, 3.3)
     for name in results.methods:
         color, _, line, marker = _STYLES[name]
         if not METHODS[name].trained:
@@ -144,7 +144,7 @@ def data_efficiency(results: Results) -> dict[str, tuple[Figure, str]]:
             continue
         cells = [(size, *results.average(name, accuracy, num_prompts=size)) for size in results.sizes]
         known = [(size, 100 * mean, 100 * (error or 0)) for size, mean, error in cells if mean is not None]
-        if known:
+        if len(known) > 1:
             x, y, errors = zip(*known, strict=True)
             axes.errorbar(
                 x, y, errors, color=color, linestyle=line, marker=marker, capsize=2, label=METHODS[name].title
@@ -154,7 +154,7 @@ def data_efficiency(results: Results) -> dict[str, tuple[Figure, str]]:
     axes.minorticks_off()
     axes.set_xlabel("training prompts")
     axes.set_ylabel("accuracy, %")
-    axes.legend(frameon=False, fontsize=8)
+    _legend_above(axes, 2)
     return {
         "data-efficiency": (figure, "Average accuracy by the number of training prompts; bars: one standard error.")
     }
@@ -210,6 +210,7 @@ def _distance(values: dict[str, list[float]]) -> tuple[Figure, str]:
 
 def _connectivity(found: dict[str, Any]) -> tuple[Figure, str]:
     figure, (plane, line) = new_figure(8.4, 3.1, 2)
+    figure.set_layout_engine("constrained", wspace=0.1)
     factors, accuracy_of = found["factors"], 100 * np.array(found["accuracy"])
     levels = MaxNLocator(9).tick_values(accuracy_of.min(), max(accuracy_of.max(), accuracy_of.min() + 1))
     image = plane.contourf(factors, factors, accuracy_of.T, levels=levels, cmap="cividis")

@@ -74,23 +74,22 @@ def write_report(
     if not folders:
         raise ValueError("no experiments; give folders that `abft experiment` wrote")
     experiments = [Results(folder) for folder in folders]
-    overview = [overview_table(experiments, paper=paper)]
-    parts = [_part(results) for results in experiments]
+    titles = _titles(experiments)
+    overview = overview_table(experiments, paper=paper)
+    parts = [_part(results, title) for results, title in zip(experiments, titles, strict=True)]
     loader = jinja2.PackageLoader("abft.benchmark")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     names = ", ".join(dict.fromkeys(_name(results) for results in experiments))
     html = environment.get_template("report.html.jinja").render(
         title=f"Attention Behavior Fine-Tuning: {names}",
         lead="In-context accuracy of label words, before and after training W_Q and W_K (arXiv 2505.14233).",
-        overview=overview, parts=parts,
+        overview=[overview], parts=parts,
     )  # fmt: skip
-    tables = overview + [table for part in parts for table in part.tables]
-    claims = "\n".join(
-        f"- {claim.text}: **{claim.verdict}**. {claim.evidence}" for part in parts for claim in part.claims
-    )
+    tables = [overview, *(table for part in parts for table in part.tables)]
+    pictures = {} if figures is None else _write_figures(experiments, Path(figures))
     contents = {
         output: html,
-        output.with_suffix(".md"): "\n".join([*(table.markdown() for table in tables), claims, ""]),
+        output.with_suffix(".md"): _markdown(overview, parts, pictures, output.parent),
         output.with_suffix(".tex"): "\n".join(table.latex() for table in tables),
     }
     data = {
@@ -104,17 +103,37 @@ def write_report(
     contents[output.with_suffix(".json")] = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     for path, content in contents.items():
         write_text(path, content)
-    pictures = [] if figures is None else _write_figures(experiments, Path(figures))
-    return [*contents, *pictures]
+    return [*contents, *(path for paths in pictures.values() for path in paths.values())]
 
 
-def _write_figures(experiments: Sequence[Results], folder: Path) -> list[Path]:
-    written = []
-    for results in experiments:
-        for name, (figure, _) in _figures(results).items():
-            written.append(folder / f"{results.folder.name}-{name}.png")
-            save_figure(figure, written[-1])
+def _titles(experiments: Sequence[Results]) -> list[str]:
+    """The models' names, with the folder's where a model has several experiments."""
+    names = [_name(results) for results in experiments]
+    return [
+        f"{name} ({results.folder.name})" if names.count(name) > 1 else name
+        for name, results in zip(names, experiments, strict=True)
+    ]
+
+
+def _write_figures(experiments: Sequence[Results], folder: Path) -> dict[int, dict[str, Path]]:
+    """Number of the experiment → caption → PNG."""
+    written: dict[int, dict[str, Path]] = {}
+    for number, results in enumerate(experiments):
+        for name, (figure, caption) in _figures(results).items():
+            path = folder / f"{results.folder.name}-{name}.png"
+            save_figure(figure, path)
+            written.setdefault(number, {})[caption] = path
     return written
+
+
+def _markdown(overview: Table, parts: Sequence[_Part], pictures: dict[int, dict[str, Path]], folder: Path) -> str:
+    lines = [overview.markdown()]
+    for number, part in enumerate(parts):
+        claims = [f"- {claim.text}: **{claim.verdict}**. {claim.evidence}" for claim in part.claims]
+        lines += [f"## {part.heading}", "", part.setup, "", *claims, "", *(table.markdown() for table in part.tables)]
+        for caption, path in pictures.get(number, {}).items():
+            lines += [f"![{caption}]({Path(os.path.relpath(path, folder)).as_posix()})", "", caption, ""]
+    return "\n".join(lines)
 
 
 def _figures(results: Results) -> dict[str, tuple[Figure, str]]:
@@ -123,7 +142,7 @@ def _figures(results: Results) -> dict[str, tuple[Figure, str]]:
     return {**all_figures(results), **found}
 
 
-def _part(results: Results) -> _Part:
+def _part(results: Results, title: str) -> _Part:
     settings, run = results.content["settings"], results.runs[-1]
     trained = f"{results.largest} training prompts" if results.largest else "nothing trained"
     seeds = len(results.content["seeds"])
@@ -141,7 +160,7 @@ def _part(results: Results) -> _Part:
     if analysis is not None:
         provenance["analysis"] = analysis["options"]
     return _Part(
-        heading=_name(results), setup=setup + ".", claims=results.claims(), tables=experiment_tables(results, analysis),
+        heading=title, setup=setup + ".", claims=results.claims(), tables=experiment_tables(results, analysis),
         figures=[_Figure(name, caption, _svg(figure)) for name, (figure, caption) in _figures(results).items()],
         provenance=json.dumps(provenance, indent=1, ensure_ascii=False),
     )  # fmt: skip
@@ -164,7 +183,7 @@ def overview_table(experiments: Sequence[Results], *, paper: bool = True) -> Tab
     known = [paper_averages(results.model) if paper else None for results in experiments]
     columns = ["", *tasks, "average", *(["paper's average"] if any(known) else [])]
     table = Table("accuracy-by-task", "", columns)
-    for results, published in zip(experiments, known, strict=True):
+    for results, title, published in zip(experiments, _titles(experiments), known, strict=True):
         first = len(table.rows)
         means: list[list[float | None]] = []
         for method in results.methods:
@@ -172,7 +191,7 @@ def overview_table(experiments: Sequence[Results], *, paper: bool = True) -> Tab
                 results.summary(method, task, accuracy) if task in results.tasks else (None, None) for task in tasks
             ]
             cells.append(results.average(method, accuracy))
-            row = [f"{_name(results)}, {METHODS[method].title}", *(with_error(*cell) for cell in cells)]
+            row = [f"{title}, {METHODS[method].title}", *(with_error(*cell) for cell in cells)]
             if any(known):
                 beside = dict(zip(("vanilla", "abft"), published or (), strict=False)).get(method)
                 row.append("" if beside is None else f"{beside:.2f}")

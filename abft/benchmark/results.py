@@ -27,6 +27,8 @@ SAME = 0.03
 """Accuracies that differ by less are called level."""
 NOISE = 0.01
 """Ablations whose averages differ by less count as equal."""
+LONGER = 1.05
+"""Ratio of times from which on one is called longer."""
 
 
 def paper_averages(model: str) -> tuple[float, float] | None:
@@ -232,9 +234,9 @@ class Results:
         if abft is None or e2e is None:
             return Claim(text, None, "needs the methods abft and e2e")
         return Claim(
-            text, e2e > abft,
+            text, e2e / abft >= LONGER,
             f"E2E / ABFT = {e2e / abft:.2f} (the paper: 2.2 to 2.7, with the published code); timed once per run, "
-            "beside whatever else the machine did",
+            f"beside whatever else the machine did; longer means {LONGER} and more",
         )  # fmt: skip
 
 
