@@ -10,6 +10,7 @@ What `abft.benchmark.report` shows is read from these files alone.
 from __future__ import annotations
 
 import gc
+import os
 import random
 import resource
 import shutil
@@ -119,6 +120,11 @@ class Experiment:
 
     def __init__(self, options: ExperimentOptions) -> None:
         self.options = options
+        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise ValueError(
+                f"an experiment runs in one process, here are {processes}; train with `torchrun … abft train` and "
+                "compare with `abft eval`, or run one experiment per GPU with other --train_tasks"
+            )
         self.methods = resolve_methods(options.methods)
         check_tests(options.tests)
         if options.load_in_4bit and not options.lora:

@@ -187,6 +187,13 @@ def test_bad_input_is_refused_before_work(experiment_folder, experiment_options,
     assert sorted(experiment_folder.rglob("*")) == before
 
 
+def test_several_processes_are_refused(experiment_options, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="runs in one process, here are 2"):
+        Experiment(replace(experiment_options, output_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_folder_that_cannot_be_written(experiment_options, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write to .*choose another folder"):
