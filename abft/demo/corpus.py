@@ -139,10 +139,10 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def plain_text(rng: random.Random, words: Sequence[str]) -> str:
-    """A text with one trait: five of the words of a topic or a mood, one of them behind a joiner."""
-    chosen = rng.sample(words, 5)
-    chosen.insert(rng.randint(1, 4), rng.choice(JOINERS))
+def plain_text(rng: random.Random, words: Sequence[str], length: int = 5) -> str:
+    """A text with one trait: so many of the words of a topic or a mood, one of them behind a joiner."""
+    chosen = rng.sample(words, length)
+    chosen.insert(rng.randint(1, length - 1), rng.choice(JOINERS))
     return " ".join(chosen)
 
 
@@ -153,7 +153,7 @@ def mixed_text(rng: random.Random, topic: str, mood: str) -> str:
 
 
 def pretraining_prompt(
-    rng: random.Random, *, classes: int, demonstrations: int, mood_share: float
+    rng: random.Random, *, classes: int, demonstrations: int, mood_share: float, lengths: tuple[int, int] = (5, 5)
 ) -> tuple[Task, list[Example], Example]:
     """Draws a classification task, its demonstrations and a query, for pre-training.
 
@@ -165,14 +165,18 @@ def pretraining_prompt(
         classes: number of classes.
         demonstrations: number of demonstrations.
         mood_share: probability that moods are asked for.
+        lengths: least and most words of a text with the trait.
 
     Raises:
-        ValueError: more classes than there are moods, or a share outside 0 to 1.
+        ValueError: more classes than there are moods, a share outside 0 to 1, or lengths outside 2 to 10.
     """
     if not 2 <= classes <= len(MOODS):
         raise ValueError(f"classes must be 2 to {len(MOODS)}, the number of moods, got {classes}")
     if not 0 <= mood_share <= 1:
         raise ValueError(f"mood_share must be 0 to 1, got {mood_share}")
+    least, most = lengths
+    if not 2 <= least <= most <= 10:
+        raise ValueError(f"lengths must rise within 2 to 10, the words of a mood, got {lengths}")
     asks_mood = rng.random() < mood_share
     traits, prefixes = (MOODS, MOOD_PREFIXES) if asks_mood else (TOPICS, TOPIC_PREFIXES)
     chosen = rng.sample(sorted(traits), classes)
@@ -181,7 +185,8 @@ def pretraining_prompt(
 
     def example() -> Example:
         label = rng.randrange(classes)
-        return Example(plain_text(rng, traits[chosen[label]]), label)
+        length = least if least == most else rng.randint(least, most)
+        return Example(plain_text(rng, traits[chosen[label]], length), label)
 
     return task, [example() for _ in range(demonstrations)], example()
 

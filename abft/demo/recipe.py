@@ -1,5 +1,7 @@
 """Pre-trains the demo model: ``python -m abft.demo.recipe --output DIR``, some ten minutes on two CPU cores.
 
+Every field of ``Recipe`` is an option, for models of other sizes, longer prompts or a GPU (``--device cuda``).
+
 Two stages. Random sequences that repeat themselves teach a small Llama to copy what followed an earlier
 occurrence, which forms induction heads. Few-shot prompts over the words of ``abft.demo.corpus`` then teach it
 which demonstrations to copy the label of: those of the query's topic, or of its mood. Every text of
@@ -9,22 +11,25 @@ what ABFT puts right.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from abft.data import Example
 from abft.demo import corpus
 from abft.evaluation import evaluate
 from abft.prompts import PromptBuilder, sample_prompts
+from abft.tasks import Task
 
 _IGNORE = -100
 _PAD, _BOS, _UNK = "<pad>", "<bos>", "<unk>"
@@ -32,7 +37,7 @@ _PAD, _BOS, _UNK = "<pad>", "<bos>", "<unk>"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything the demo model depends on, next to the version of PyTorch and the number of threads.
+    """Everything the demo model depends on, next to the version of PyTorch, the number of threads and the device.
 
     Args:
         seed: of the initial weights and of the data.
@@ -51,6 +56,8 @@ class Recipe:
         text_weight: weight of the loss on tokens that are no labels; labels have 1.
         rehearsal: repeated sequences beside each batch of prompts, so that copying is not unlearned.
         rehearsal_weight: weight of their loss.
+        shortest_text, longest_text: words with the trait in a text of the second stage.
+        context: most tokens that the model is made for.
     """
 
     seed: int = 0
@@ -69,6 +76,9 @@ class Recipe:
     text_weight: float = 0.05
     rehearsal: int = 8
     rehearsal_weight: float = 0.25
+    shortest_text: int = 5
+    longest_text: int = 5
+    context: int = 512
 
     def __post_init__(self) -> None:
         if self.hidden_size % (2 * self.heads):
@@ -79,9 +89,42 @@ class Recipe:
         for name in ("repeat_steps", "prompt_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        self.pretraining_prompt(random.Random(0))  # refuses what the language has not
+
+    def pretraining_prompt(self, rng: random.Random) -> tuple[Task, list[Example], Example]:
+        """A prompt of the second stage."""
+        return corpus.pretraining_prompt(
+            rng, classes=self.classes, demonstrations=self.demonstrations, mood_share=self.mood_share,
+            lengths=(self.shortest_text, self.longest_text),
+        )  # fmt: skip
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+@dataclass(frozen=True)
+class RunOptions:
+    """Pre-trains the demo model, saves it with its tokenizer, and prints its accuracy before any ABFT."""
+
+    output: str = field(metadata={"help": "folder to save to; made if missing"})
+    threads: int = field(default=2, metadata={"help": "of PyTorch"})
+    device: str = field(
+        default="cpu", metadata={"help": "cpu, on which the demo's weights come out bit for bit, or cuda"}
+    )
+    save_dtype: str = field(default="float32", metadata={"help": "of the saved weights: float32 or bfloat16"})
+    quiet: bool = field(default=False, metadata={"help": "no progress bars"})
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"--threads must be 1 or more, got {self.threads}")
+        if self.save_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--save_dtype must be float32 or bfloat16, got {self.save_dtype!r}")
+        if self.device.partition(":")[0] not in ("cpu", "cuda") or (
+            self.device.startswith("cuda") and not torch.cuda.is_available()
+        ):
+            raise ValueError(f"--device {self.device!r} is not there; use cpu")
+        if Path(self.output).exists() and not Path(self.output).is_dir():
+            raise ValueError(f"--output {self.output} is a file; name a folder")
+
+
+def build_tokenizer(context: int = Recipe.context) -> PreTrainedTokenizerFast:
     """One token per word and per punctuation mark; white space, newlines included, yields none."""
     vocabulary = {word: i for i, word in enumerate([_PAD, _BOS, _UNK, *corpus.vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNK))
@@ -90,7 +133,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         single=f"{_BOS} $A", special_tokens=[(_BOS, vocabulary[_BOS])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=_PAD, bos_token=_BOS, unk_token=_UNK, model_max_length=512
+        tokenizer_object=tokenizer, pad_token=_PAD, bos_token=_BOS, unk_token=_UNK, model_max_length=context
     )
 
 
@@ -103,7 +146,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.heads,
-        max_position_embeddings=512,
+        max_position_embeddings=recipe.context,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=None,
@@ -142,12 +185,7 @@ def few_shot_batch(
     """
     sequences, label_positions = [], []
     for _ in range(recipe.batch_size):
-        task, demonstrations, query = corpus.pretraining_prompt(
-            rng,
-            classes=recipe.classes,
-            demonstrations=recipe.demonstrations,
-            mood_share=recipe.mood_share,
-        )
+        task, demonstrations, query = recipe.pretraining_prompt(rng)
         builder = PromptBuilder(tokenizer, task)
         prompt = builder.build(demonstrations, query)
         sequences.append([*prompt.input_ids, builder.label_token_ids[query.label]])
@@ -165,18 +203,21 @@ def few_shot_batch(
     return ids, targets, is_label
 
 
-def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, progress: bool = True) -> LlamaForCausalLM:
+def pretrain(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, device: str = "cpu", progress: bool = True
+) -> LlamaForCausalLM:
     """Runs both stages.
 
     Args:
         recipe: what to do.
         tokenizer: from ``build_tokenizer``.
+        device: of the model.
         progress: show progress bars.
 
     Returns:
         The trained model, in evaluation mode.
     """
-    model = build_model(recipe, tokenizer).train()
+    model = build_model(recipe, tokenizer).train().to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     rng = random.Random(recipe.seed)
     columns = (
@@ -197,7 +238,7 @@ def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, progress: bo
 
         bar = bars.add_task("Few-shot prompts", total=recipe.prompt_steps, loss=math.nan)
         for _ in range(recipe.prompt_steps):
-            ids, targets, is_label = few_shot_batch(rng, recipe, tokenizer)
+            ids, targets, is_label = (tensor.to(device) for tensor in few_shot_batch(rng, recipe, tokenizer))
             losses = _next_token_losses(model, ids, targets)
             targets, is_label = targets[:, 1:], is_label[:, 1:]
             weights = (targets != _IGNORE) * torch.where(is_label, 1.0, recipe.text_weight)
@@ -211,34 +252,26 @@ def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, progress: bo
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Pre-trains the demo model, saves it with its tokenizer, and prints its accuracy before any ABFT."""
-    parser = argparse.ArgumentParser(prog="python -m abft.demo.recipe", description=main.__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder to save to; made if missing")
-    parser.add_argument("--seed", type=int, default=Recipe.seed, help="default: %(default)s")
-    parser.add_argument("--prompt-steps", type=int, default=Recipe.prompt_steps, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch; default: %(default)s")
-    options = parser.parse_args(arguments)
+    """The command line: see ``RunOptions`` and ``Recipe``."""
+    types: Any = [RunOptions, Recipe]
+    parser = HfArgumentParser(types, prog="python -m abft.demo.recipe", description=RunOptions.__doc__)
     try:
-        if options.threads < 1:
-            raise ValueError(f"--threads must be 1 or more, got {options.threads}")
-        if options.output.exists() and not options.output.is_dir():
-            raise ValueError(f"--output {options.output} is a file; name a folder")
-        recipe = Recipe(seed=options.seed, prompt_steps=options.prompt_steps)
+        options, recipe = parser.parse_args_into_dataclasses(sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:
         parser.error(str(error))
 
     torch.set_num_threads(options.threads)
-    tokenizer = build_tokenizer()
-    model = pretrain(recipe, tokenizer)
-    model.save_pretrained(options.output)
+    tokenizer = build_tokenizer(recipe.context)
+    model = pretrain(recipe, tokenizer, device=options.device, progress=not options.quiet)
+    model.to(getattr(torch, options.save_dtype)).save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     console = Console()
     console.print(f"Saved model and tokenizer to {options.output}")
-    for task in (corpus.DEMO_TASK, corpus.TRANSFER_TASK):
+    for task in corpus.DEMO_TASKS:
         splits = corpus.demo_splits(task=task)
         builder = PromptBuilder(tokenizer, task)
         prompts = sample_prompts(builder, splits.test, splits.demonstrations, corpus.DEMO_K, seed=0)
-        result = evaluate(model, prompts, builder)
+        result = evaluate(model, prompts, builder, progress=not options.quiet)
         console.print(f"{task.name}: accuracy {result.accuracy:.1%} ± {result.accuracy_stderr:.1%}, n={result.n}")
 
 
@@ -248,7 +281,7 @@ def _next_token_losses(model: LlamaForCausalLM, ids: Tensor, targets: Tensor) ->
 
 
 def _repeat_loss(model: LlamaForCausalLM, rng: random.Random, count: int, length: int) -> Tensor:
-    ids, targets = repeated_sequences(rng, count, length, model.config.vocab_size)
+    ids, targets = (x.to(model.device) for x in repeated_sequences(rng, count, length, model.config.vocab_size))
     return _next_token_losses(model, ids, targets).sum() / (targets != _IGNORE).sum()
 
 
