@@ -217,7 +217,7 @@ def pretrain(
     Returns:
         The trained model, in evaluation mode.
     """
-    model = build_model(recipe, tokenizer).train().to(device)  # type: ignore[arg-type]
+    model = build_model(recipe, tokenizer).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     rng = random.Random(recipe.seed)
     columns = (
