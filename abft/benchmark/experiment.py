@@ -98,7 +98,9 @@ class ExperimentOptions:
     lora: bool = field(default=False, metadata=_help("train LoRA adapters instead of W_Q and W_K"))
     lora_r: int = field(default=16, metadata=_help("rank of LoRA"))
     load_in_4bit: bool = field(default=False, metadata=_help("the base in 4-bit NF4; with --lora True"))
-    dtype: str = field(default="auto", metadata=_help("float32, bfloat16 or float16; auto: float32 to train in full"))
+    dtype: str = field(
+        default="auto", metadata=_help("float32, bfloat16 or float16; auto: float32, with LoRA the model's own")
+    )
     keep_weights: bool = field(default=True, metadata=_help("keep what was trained; else only the results"))
     quiet: bool = field(default=False, metadata=_help("no progress bars"))
 
@@ -159,9 +161,13 @@ class Experiment:
             name: TaskSuite(data, tokenizer, options.k, length, options.limit, options.staicc_compat)
             for name, data in self.data.items()
         }
-        for suite in self.suites.values():
-            _ = suite.builder  # a label that this tokenizer cannot tell apart shows now
         self.keys = self._run_keys()
+        for (
+            suite
+        ) in self.suites.values():  # labels that this tokenizer cannot tell apart, or too long prompts, show now
+            _ = suite.normal
+        for key in {(key.task, key.num_prompts, key.seed): key for key in self.keys if key.num_prompts}.values():
+            self._training_prompts(key)
         self.settings = {name: value for name, value in asdict(options).items() if name not in _NOT_SETTINGS}
         self.output = check_writable(options.output_dir)
         for key in self.keys:
@@ -276,9 +282,7 @@ class Experiment:
                 raise ValueError(f"{folder} keeps no weights to test anew; delete the folder to train again")
             model = from_pretrained(folder / "weights", self.model, **self.loading())
         else:
-            # As the trained ones are, if there are any.
-            dtype = self._training_dtype() if any(m.trained for m in self.methods) else self.options.dtype
-            model = load_base(self.model, dtype=dtype, load_in_4bit=self.options.load_in_4bit)
+            model = load_base(self.model, dtype=self._training_dtype(), load_in_4bit=self.options.load_in_4bit)
         if not self.options.load_in_4bit:
             model = model.to(default_device())
         started = time.perf_counter()

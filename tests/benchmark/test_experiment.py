@@ -176,6 +176,7 @@ def test_trained_but_not_tested(experiment_options, tmp_path):
         ({"train_tasks": ["weather"]}, "train_tasks names 'weather'"),
         ({"limit": 7}, "was made with limit=6, now it is 7"),
         ({"model": str(MODEL)}, "was made with model='demo'"),
+        ({"k": 100}, "tokens exceeds max_length=512"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_work(experiment_folder, experiment_options, monkeypatch, changes, message):
