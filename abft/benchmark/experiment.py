@@ -273,6 +273,7 @@ class Experiment:
         trained = METHODS[key.method].trained
         if not wanted and (run.training is not None or not trained):
             return run
+        _reset_peak_memory()
         if trained and run.training is None:
             model, run.training = self._train(key, folder, label)
             run.provenance = provenance()
@@ -332,7 +333,6 @@ class Experiment:
 
     def _train(self, key: RunKey, folder: Path, label: str) -> tuple[Any, dict[str, Any]]:
         """The trained model, saved, and what training was like."""
-        _reset_peak_memory()
         model = load_base(self.model, dtype=self._training_dtype(), load_in_4bit=self.options.load_in_4bit)
         config = self._config(METHODS[key.method], folder / "training", key.seed)
         bar = TrainingProgress(label, enabled=not self.options.quiet)
