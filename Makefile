@@ -3,7 +3,7 @@ VENV ?= .venv
 # One torch build for everyone: its wheel decides between CPU and CUDA. Set TORCH= to keep an installed one.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-WORKERS ?= 2
+WORKERS ?= $(shell nproc 2> /dev/null || echo 2)
 
 .PHONY: install install-test demo test test-oldest nightly lint clean
 
