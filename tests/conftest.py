@@ -22,6 +22,7 @@ def pytest_configure(config):
     relaxed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much]
     shared = {"deadline": None, "suppress_health_check": relaxed, "print_blob": True}
     settings.register_profile("ci", max_examples=50, derandomize=True, **shared)
+    settings.register_profile("few", max_examples=12, derandomize=True, **shared)
     settings.register_profile("nightly", max_examples=500, **shared)
     if config.getoption("--hypothesis-profile", None) is None:
         settings.load_profile("ci")
