@@ -11,7 +11,6 @@ Source: arXiv 2505.14233, sections 3 and 4 for the loss and the defaults.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -39,8 +38,6 @@ from abft.targets import AttentionTarget, TargetCollator, TargetEvaluation, eval
 from abft.weights import load_trained, read_config, save_trained, whole_state_dict
 
 __all__ = ["ABFTConfig", "ABFTTrainer", "last_complete_checkpoint"]
-
-logger = logging.getLogger(__name__)
 
 _Samples: TypeAlias = Sequence[Prompt] | Sequence[AttentionTarget]
 

@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from abft_kernels import torch_backend
 from abft_kernels.spec import Extras, Options
@@ -44,7 +45,7 @@ def _exact(function: Callable[..., Any]) -> Callable[..., Any]:
 # --- a few rows ------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("abft::row_mass", mutates_args=())
+@custom_op("abft::row_mass", mutates_args=())
 @_exact
 def row_mass_op(
     q: Tensor,
@@ -85,7 +86,7 @@ def _(q, k, positions, *arguments):
     return q.new_empty((*q.shape[:3], options.num_groups), dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
 
 
-@torch.library.custom_op("abft::row_mass_backward", mutates_args=())
+@custom_op("abft::row_mass_backward", mutates_args=())
 @_exact
 def row_mass_backward_op(
     dmass: _OptTensor,
@@ -166,7 +167,7 @@ row_mass_op.register_autograd(_row_mass_autograd, setup_context=_row_mass_setup)
 # --- all rows, fused with the attention output -----------------------------------------------------------
 
 
-@torch.library.custom_op("abft::mass_attention", mutates_args=())
+@custom_op("abft::mass_attention", mutates_args=())
 @_exact
 def mass_attention_op(
     q: Tensor,
@@ -213,7 +214,7 @@ def _(q, k, v, *arguments):
     )
 
 
-@torch.library.custom_op("abft::mass_attention_backward", mutates_args=())
+@custom_op("abft::mass_attention_backward", mutates_args=())
 @_exact
 def mass_attention_backward_op(
     do: _OptTensor,

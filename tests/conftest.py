@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: before any test module
@@ -16,6 +18,28 @@ torch.set_num_threads(1)  # the tensors are small, and pytest-xdist runs a proce
 def device() -> torch.device:
     """A GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest result of any operator, below autograd and inside composite operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel, self.operator = 0, ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().nbytes() // leaf.element_size() > self.numel:
+                self.numel = leaf.untyped_storage().nbytes() // leaf.element_size()
+                self.operator = str(func)
+        return result
+
+
+@pytest.fixture
+def largest_tensor() -> type[LargestTensor]:
+    """A mode that tells whether an N × N tensor was made."""
+    return LargestTensor
 
 
 def pytest_configure(config):

@@ -71,7 +71,7 @@ def posterior_bias(probabilities: Tensor, labels: Tensor) -> dict[str, float | l
 
 
 def gler(correct_label_shares: Sequence[float], values: Sequence[float]) -> float:
-    """Ground-truth-label effect on a metric: the slope of its regression on the share of correct labels.
+    """GLER as StaICC defines it, after arXiv 2205.12685: the slope of a metric over the share of correct labels.
 
     Args:
         correct_label_shares: 1 − the share of demonstrations with a wrong label, of each measurement.

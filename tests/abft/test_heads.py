@@ -102,22 +102,13 @@ def test_retrieval_scores_equal_eager_attention():
         torch.testing.assert_close(scores, want, atol=1e-6, rtol=1e-5)
 
 
-def test_no_matrix_of_tokens_by_tokens():
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                self.numel = max(self.numel, result.numel())
-            return result
-
+def test_no_matrix_of_tokens_by_tokens(largest_tensor):
     model, length = tiny("llama", max_position_embeddings=2048), 2048
-    with Largest() as eager:
+    with largest_tensor() as eager:
         eager_attention(model, torch.zeros(length, dtype=torch.long))
     assert eager.numel >= length**2
     enable(model)
-    with Largest() as largest:
+    with largest_tensor() as largest:
         induction_scores(model, length=length, samples=1, progress=False)
         retrieval_scores(model, [5] * (length - 8), [6] * 4, [7] * 4, depths=[0.5], progress=False)
     assert largest.numel < length**2 // 8

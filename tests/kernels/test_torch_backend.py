@@ -2,28 +2,10 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from abft_kernels import mass_attention, torch_backend
 
 N, H, H_KV, D = 2048, 4, 2, 32
-
-
-class _LargestTensor(TorchDispatchMode):
-    """Remembers the largest result of any operator, below autograd and inside composite operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel, self.operator = 0, ""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().nbytes() // leaf.element_size() > self.numel:
-                self.numel = leaf.untyped_storage().nbytes() // leaf.element_size()
-                self.operator = str(func)
-        return result
 
 
 @pytest.mark.parametrize(
@@ -39,7 +21,7 @@ class _LargestTensor(TorchDispatchMode):
         (N // 2, False, None, False, H),
     ],
 )
-def test_no_square_tensor(n_q, causal, padding, strided, kv_heads, device, monkeypatch):
+def test_no_square_tensor(n_q, causal, padding, strided, kv_heads, device, monkeypatch, largest_tensor):
     # Rows of scores go a few at a time: fewer than usual, to see that only they could be large.
     monkeypatch.setattr(torch_backend, "_SCORE_ELEMENTS", 1 << 17)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -54,7 +36,7 @@ def test_no_square_tensor(n_q, causal, padding, strided, kv_heads, device, monke
         bounds["seq_lens"] = torch.tensor([N - 300], device=device)
         if padding == "left":
             bounds["seq_starts"] = torch.tensor([300], device=device)
-    with _LargestTensor() as largest:
+    with largest_tensor() as largest:
         out, mass = mass_attention(*heads, groups, 2, causal=causal, backend="torch", **bounds)
         (out.sum() + mass.square().sum()).backward()
     # In elements; an N × N tensor of one head would be N·N. `64` rows are masked explicitly: rows × N.
