@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,13 @@ from abft.weights import write_json
 
 __all__ = ["PARTS", "AnalyzeOptions", "analyze"]
 
-PARTS = ("distance", "connectivity", "induction", "implicit", "momentum")
+# What each part's result depends on, besides task and seed.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "distance": (), "connectivity": ("prompts", "factors"), "induction": ("tokens",),
+    "implicit": ("prompts", "fine_tuning_rate", "fine_tuning_epochs"), "momentum": ("prompts", "etas"),
+}  # fmt: skip
+PARTS = tuple(_OPTIONS)
+"""Parts of an analysis."""
 
 
 @dataclass(kw_only=True)
@@ -46,6 +52,8 @@ class AnalyzeOptions:
 
 def analyze(options: AnalyzeOptions) -> dict[str, Any]:
     """Runs the parts that are not done with these options yet, and writes `analysis.json` into the experiment.
+
+    A part that was made with other options is made anew; parts that are not asked for stay as they are.
 
     Returns:
         What the file holds: part → plain data.
@@ -79,15 +87,12 @@ def analyze(options: AnalyzeOptions) -> dict[str, Any]:
     if "connectivity" in options.parts and not {"abft", "e2e"} <= folders.keys():
         raise ValueError("connectivity lies between ABFT and E2E: the experiment needs the methods abft and e2e")
 
-    path = results.folder / ANALYSIS
-    chosen = {**asdict(options), "task": task, "seed": seed}
-    for name in ("experiment", "parts", "quiet"):
-        chosen.pop(name)
-    found = read_analysis(results.folder)
-    if found is not None and found["options"] != chosen:
-        found = None
-    content = found or {"format_version": FORMAT_VERSION, "options": chosen, "parts": {}}
-    missing = [part for part in options.parts if part not in content["parts"]]
+    chosen = {
+        part: {"task": task, "seed": seed, **{name: getattr(options, name) for name in _OPTIONS[part]}}
+        for part in options.parts
+    }
+    content = read_analysis(results.folder) or {"format_version": FORMAT_VERSION, "options": {}, "parts": {}}
+    missing = [part for part in options.parts if content["options"].get(part) != chosen[part]]
     if not missing:
         return content["parts"]
 
@@ -121,9 +126,9 @@ def analyze(options: AnalyzeOptions) -> dict[str, Any]:
             ).to_dict()  # fmt: skip
         else:
             values = momentum_gain(model, prompts, suite.builder, options.etas, progress=progress).to_dict()
-        content["parts"][part] = values
+        content["parts"][part], content["options"][part] = values, chosen[part]
         content["provenance"] = provenance()
-        write_json(path, content)
+        write_json(results.folder / ANALYSIS, content)
     return content["parts"]
 
 

@@ -28,7 +28,7 @@ from abft.benchmark.card import write_card
 from abft.benchmark.methods import METHODS, Method, resolve_methods
 from abft.benchmark.runs import EXPERIMENT, FORMAT_VERSION, Run, RunKey, check_writable, read_experiment, read_run
 from abft.benchmark.staicc import TaskData, load_task_data, staicc_task, staicc_task_data
-from abft.benchmark.suites import TaskSuite, check_tests
+from abft.benchmark.suites import CALIBRATION, TaskSuite, check_tests
 from abft.demo.corpus import DEMO_TASKS, demo_splits
 from abft.demo.run import MODEL as DEMO_MODEL
 from abft.loading import context_of, default_device, load_base, load_tokenizer, loading_arguments
@@ -66,8 +66,8 @@ class ExperimentOptions:
         default_factory=lambda: ["paper"], metadata=_help(f"some of {', '.join(METHODS)}; or paper, ablation")
     )
     tests: list[str] = field(
-        default_factory=lambda: ["Normal", "Calibration"],
-        metadata=_help("Normal, TempSensitivity, DemoSensitivity, GLER, Bias, Unseen, Calibration"),
+        default_factory=lambda: ["Normal"],
+        metadata=_help("Normal, TempSensitivity, DemoSensitivity, GLER, Bias, Unseen"),
     )
     train_tasks: list[str] = field(default_factory=list, metadata=_help("those of the tasks to train on; default: all"))
     test_trained: bool = field(default=True, metadata=_help("test what was trained"))
@@ -138,6 +138,8 @@ class Experiment:
             raise ValueError(f"limit must be 1 or more, got {options.limit}")
         if options.staicc_compat and set(options.tests) - {"Normal"}:
             raise ValueError("staicc_compat reproduces StaICC's Normal test alone; give --tests Normal")
+        if options.staicc_compat and any(method.name == "calibration" for method in self.methods):
+            raise ValueError("staicc_compat reproduces the uncalibrated test; leave out the method calibration")
         self.model = str(DEMO_MODEL) if options.model == "demo" else options.model
         loading_arguments(options.dtype, options.load_in_4bit)
         for method in self.methods:
@@ -217,7 +219,8 @@ class Experiment:
         untrained = not METHODS[key.method].trained
         if not untrained and not self.options.test_trained:
             return {key.task: []}
-        own = [test for test in self.options.tests if untrained or test != "Calibration"]
+        calibrated = untrained and any(method.name == "calibration" for method in self.methods)
+        own = self.options.tests + ([CALIBRATION] if calibrated else [])
         wanted = {key.task: own}
         if self.options.generalization and not untrained:
             wanted = {task: own if task == key.task else ["Normal"] for task in self.data}
@@ -252,6 +255,9 @@ class Experiment:
                 content[name] = [*earlier[name], *(item for item in content[name] if item not in earlier[name])]
             content["labels"] = {**earlier["labels"], **content["labels"]}
         write_json(self.output / EXPERIMENT, content)
+        for name, data in self.data.items():
+            sizes = [len(part) for part in (data.train, data.demonstrations, data.queries)]
+            console.print("{}: {:,} to train on, {:,} demonstrations, {:,} queries".format(name, *sizes))
         runs = []
         for number, key in enumerate(self.keys, 1):
             label = f"[{number}/{len(self.keys)}] {METHODS[key.method].title}, {key.task}"

@@ -98,7 +98,7 @@ def calibrate(probabilities: Tensor, prior: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Difference of two accuracies on the same prompts.
+    """Difference of two accuracies on the same samples.
 
     Args:
         difference: mean of the second less mean of the first.
@@ -115,18 +115,20 @@ class PairedComparison:
         return asdict(self)
 
 
-def paired_bootstrap(before: Sequence[float], after: Sequence[float], *, resamples: int = 2000) -> PairedComparison:
-    """Compares two measurements of the same prompts, such as whether each was answered correctly.
+def paired_bootstrap(
+    before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray, *, resamples: int = 2000
+) -> PairedComparison:
+    """Compares two measurements of the same independent samples, such as how often each query was answered correctly.
 
     Args:
         before, after: n values each, in the same order.
         resamples: of bootstrap and permutation; their draws are fixed.
 
     Raises:
-        ValueError: different numbers of prompts, or fewer than two.
+        ValueError: different numbers of samples, or fewer than two.
     """
     if len(before) != len(after) or len(before) < 2:
-        raise ValueError(f"a paired comparison needs the same two or more prompts, got {len(before)} and {len(after)}")
+        raise ValueError(f"a paired comparison needs the same two or more samples, got {len(before)} and {len(after)}")
     differences = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
     mean = float(differences.mean())
     if not differences.any():

@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from abft.benchmark.figures import all_figures, analysis_figures
 from abft.benchmark.methods import METHODS
 from abft.benchmark.metrics import paired_bootstrap
-from abft.benchmark.results import Claim, Results, accuracy, paper_averages
+from abft.benchmark.results import Claim, Results, Value, accuracy, paper_averages
 from abft.benchmark.runs import Run, read_analysis, read_run
+from abft.benchmark.suites import correct_by_query
 from abft.benchmark.tables import Table, points, with_error
 from abft.report import save_figure
 from abft.weights import write_text
@@ -252,7 +253,7 @@ def _comparison_table(results: Results) -> Table | None:
     table = Table(
         f"{results.folder.name}-against-vanilla",
         "Accuracy less the untrained model's on the same prompts, in points, with the 95 % interval of the paired "
-        "bootstrap over prompts; * p < 0.05, sign-flip test.",
+        "bootstrap over queries; * p < 0.05, sign-flip test.",
         ["", *(METHODS[method].title for method in results.methods if method != "vanilla")],
     )  # fmt: skip
     for task in (*results.tasks, None):
@@ -295,41 +296,43 @@ def _transfer_table(results: Results) -> Table | None:
 
 
 def _consistency_table(results: Results) -> Table | None:
-    table = Table(
-        f"{results.folder.name}-consistency",
+    return _columns_table(
+        results, "consistency",
         "Consistency in %: share of the variants of a prompt that give the most frequent answer, mean over queries and "
         "tasks; and the mean accuracy over the variants.",
-        ["", "9 templates", "accuracy", "8 draws of demonstrations", "accuracy"],
+        [
+            ("9 templates", "TempSensitivity", lambda result: result["consistency"]),
+            ("accuracy", "TempSensitivity", lambda result: result["accuracy_mean"]),
+            ("8 draws of demonstrations", "DemoSensitivity", lambda result: result["consistency"]),
+            ("accuracy", "DemoSensitivity", lambda result: result["accuracy_mean"]),
+        ],
     )  # fmt: skip
-    for method in results.methods:
-        cells = [
-            results.average(method, lambda result, name=name: result[name], test=test)  # type: ignore[misc]
-            for test in ("TempSensitivity", "DemoSensitivity")
-            for name in ("consistency", "accuracy_mean")
-        ]
-        if method != "calibration" and any(mean is not None for mean, _ in cells):
-            table.rows.append([METHODS[method].title, *(with_error(*cell) for cell in cells)])
-    return table if table.rows else None
 
 
 def _robustness_table(results: Results) -> Table | None:
-    table = Table(
-        f"{results.folder.name}-robustness",
-        "GLER: points of accuracy per share of correct labels. Unseen: accuracy in %, no demonstration carries the "
-        "gold label. Bias: entropy of the mean answer in % of a uniform one's, to empty queries and to random words.",
-        ["", "GLER", "unseen label", "contextual bias", "domain bias"],
-    )  # fmt: skip
-
-    def entropy(kind: str) -> Callable[[dict[str, Any]], float]:
+    def entropy(kind: str) -> Value:
         return lambda result: result[kind]["entropy"] / math.log(len(result[kind]["distribution"]))
 
+    return _columns_table(
+        results, "robustness",
+        "GLER: points of accuracy per share of correct labels. Unseen: accuracy in %, no demonstration carries the "
+        "gold label. Bias: entropy of the mean answer in % of a uniform one's, to empty queries and to random words.",
+        [
+            ("GLER", "GLER", lambda result: result["gler"]),
+            ("unseen label", "Unseen", accuracy),
+            ("contextual bias", "Bias", entropy("contextual")),
+            ("domain bias", "Bias", entropy("domain")),
+        ],
+    )  # fmt: skip
+
+
+def _columns_table(
+    results: Results, name: str, caption: str, columns: Sequence[tuple[str, str, Value]]
+) -> Table | None:
+    """Of each method the averages of some values in %: column head, test, and the value in its result."""
+    table = Table(f"{results.folder.name}-{name}", caption, ["", *(head for head, _, _ in columns)])
     for method in results.methods:
-        cells = [
-            results.average(method, lambda result: result["gler"], test="GLER"),
-            results.average(method, accuracy, test="Unseen"),
-            results.average(method, entropy("contextual"), test="Bias"),
-            results.average(method, entropy("domain"), test="Bias"),
-        ]
+        cells = [results.average(method, value, test=test) for _, test, value in columns]
         if method != "calibration" and any(mean is not None for mean, _ in cells):
             table.rows.append([METHODS[method].title, *(with_error(*cell) for cell in cells)])
     return table if table.rows else None
@@ -387,14 +390,14 @@ def compare_runs(before: str | os.PathLike[str], after: str | os.PathLike[str], 
     names = [f"{Path(run.settings['model']).name}, {METHODS[run.key.method].title}" for run in runs]
     table = Table(
         "comparison", f"{test}: {names[0]} against {names[1]}; difference in points with its 95 % interval (paired "
-        "bootstrap over prompts), p by the sign-flip test.",
+        "bootstrap over queries), p by the sign-flip test.",
         ["task", "before", "after", "difference", "95 % interval", "p"],
     )  # fmt: skip
     for task in runs[0].tests:
         results = [run.tests.get(task, {}).get(test) for run in runs]
         if any(result is None or "predictions" not in result for result in results):
             continue
-        correct = [[float(p == y) for p, y in zip(r["predictions"], r["labels"], strict=True)] for r in results if r]
+        correct = [correct_by_query(result) for result in results if result is not None]
         if results[0]["labels"] != results[1]["labels"]:  # type: ignore[index]
             raise ValueError(f"task {task}: the runs were tested on different queries")
         found = paired_bootstrap(*correct)

@@ -14,6 +14,7 @@ import numpy as np
 from abft.benchmark.methods import METHODS
 from abft.benchmark.metrics import PairedComparison, mean_and_error, paired_bootstrap
 from abft.benchmark.runs import Run, read_experiment
+from abft.benchmark.suites import CALIBRATION, correct_by_query
 
 __all__ = ["PAPER", "Claim", "Results", "paper_averages"]
 
@@ -77,7 +78,7 @@ class Results:
         self.tasks: list[str] = self.content["tasks"]
         self.model: str = self.content["settings"]["model"]
         present = {run.key.method for run in self.runs}
-        if any("Calibration" in tests for run in self.runs for tests in run.tests.values()):
+        if any(CALIBRATION in tests for run in self.runs for tests in run.tests.values()):
             present.add("calibration")
         wanted = set(self.content["methods"])
         self.methods = [name for name in METHODS if name in present and name in wanted | {"vanilla"}]
@@ -99,7 +100,7 @@ class Results:
         num_prompts: int | None = None,
     ) -> list[float]:  # fmt: skip
         """One value per seed, read from the results of a test; empty where there are none."""
-        test = "Calibration" if method == "calibration" and test == "Normal" else test
+        test = CALIBRATION if method == "calibration" and test == "Normal" else test
         found = (run.tests.get(tested_on or task, {}).get(test) for run in self.of(method, task, num_prompts))
         return [number for result in found if result is not None and (number := value(result)) is not None]
 
@@ -132,21 +133,20 @@ class Results:
         return mean_and_error([float(np.mean([values[seed] for values in pairs])) for seed in range(seeds)])
 
     def compare(self, before: str, after: str, task: str | None = None) -> PairedComparison | None:
-        """Paired over the test prompts of a task, or of all, each prompt's correctness averaged over seeds."""
-        first: list[float] = []
-        second: list[float] = []
+        """Paired over the queries of a task, or of all; of each query the mean over its draws and the seeds."""
+        pairs = []
         for name in [task] if task else self.tasks:
-            pair = [self._correctness(method, name) for method in (before, after)]
-            if pair[0] is None or pair[1] is None or len(pair[0]) != len(pair[1]):
+            first, second = (self._correctness(method, name) for method in (before, after))
+            if first is None or second is None or len(first) != len(second):
                 return None
-            first += pair[0].tolist()
-            second += pair[1].tolist()
+            pairs.append((first, second))
+        first, second = (np.concatenate(values) for values in zip(*pairs, strict=True))
         return paired_bootstrap(first, second) if len(first) > 1 else None
 
     def _correctness(self, method: str, task: str) -> np.ndarray | None:
-        test = "Calibration" if method == "calibration" else "Normal"
+        test = CALIBRATION if method == "calibration" else "Normal"
         found = [run.tests.get(task, {}).get(test) for run in self.of(method, task)]
-        rows = [np.equal(x["predictions"], x["labels"]) for x in found if x is not None]
+        rows = [correct_by_query(result) for result in found if result is not None]
         return np.mean(rows, axis=0) if rows else None
 
     def seconds(self, method: str) -> tuple[float | None, float | None]:
@@ -173,7 +173,7 @@ class Results:
         return Claim(
             text, found.low > 0,
             f"{100 * found.difference:+.1f} points over all tasks, 95 % interval {100 * found.low:+.1f} to "
-            f"{100 * found.high:+.1f} (paired bootstrap over prompts)",
+            f"{100 * found.high:+.1f} (paired bootstrap over queries)",
         )  # fmt: skip
 
     def _level(self) -> Claim:

@@ -8,18 +8,19 @@
 | GLER | Normal's, with 0, ¼ … 1 of the labels wrong | slope of accuracy over the share of correct labels |
 | Bias | empty queries; queries of random words | entropy of the mean answer |
 | Unseen | no demonstration carries the gold label | as Normal |
-| Calibration | Normal's, divided by the mean answer to empty queries | as Normal |
+| (Calibration) | Normal's, divided by the mean answer to empty queries | as Normal |
 
 Source: StaICC (arXiv 2501.15708) and arXiv 2505.14233, section 4; contextual calibration: arXiv 2102.09690.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -37,10 +38,12 @@ from abft.evaluation import Evaluation, evaluate
 from abft.prompts import Prompt, PromptBuilder
 from abft.statistics import head_statistics
 
-__all__ = ["TESTS", "StaICCPromptBuilder", "TaskSuite"]
+__all__ = ["TESTS", "StaICCPromptBuilder", "TaskSuite", "check_tests", "correct_by_query"]
 
-TESTS = ("Normal", "TempSensitivity", "DemoSensitivity", "GLER", "Bias", "Unseen", "Calibration")
+TESTS = ("Normal", "TempSensitivity", "DemoSensitivity", "GLER", "Bias", "Unseen")
 """Names of the tests, as in StaICC and the paper."""
+CALIBRATION = "Calibration"
+"""A method that is a test of the untrained model: its answers to Normal's prompts, calibrated."""
 
 NORMAL_DRAWS = 2
 TEMPLATE_QUERIES = 100
@@ -197,18 +200,18 @@ class TaskSuite:
 
         Args:
             model: on the `"abft"` attention, with the suite's tokenizer.
-            tests: some of `TESTS`.
+            tests: some of `TESTS`, and `CALIBRATION`.
             batch_size: prompts per forward pass.
             progress: show progress bars.
 
         Raises:
             ValueError: an unknown test, or prompts that do not fit the model.
         """
-        check_tests(tests)
+        check_tests([test for test in tests if test != CALIBRATION])
         shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         results: dict[str, dict[str, Any]] = {}
         normal = None
-        if {"Normal", "Calibration"} & set(tests):
+        if {"Normal", CALIBRATION} & set(tests):
             normal = evaluate(model, self.normal, self._normal_builder(), **shared)
         if normal is not None and "Normal" in tests:
             results["Normal"] = {
@@ -220,10 +223,10 @@ class TaskSuite:
             elif self.k:
                 heads = head_statistics(model, self.normal[:HEAD_PROMPTS], self.builder, **shared)
                 results["heads"] = heads.to_dict()
-        if normal is not None and "Calibration" in tests:
+        if normal is not None and CALIBRATION in tests:
             prior = evaluate(model, self.empty_queries(self.data.train, CALIBRATION_PROMPTS), self.builder, **shared)
             calibrated = calibrate(normal.probabilities, prior.probabilities.mean(dim=0))
-            results["Calibration"] = _plain(Evaluation.from_probabilities(calibrated, normal.labels))
+            results[CALIBRATION] = _plain(Evaluation.from_probabilities(calibrated, normal.labels))
         if "TempSensitivity" in tests:
             runs = [evaluate(model, prompts, builder, **shared) for builder, prompts in self.templates()]
             results["TempSensitivity"] = _sensitivity(runs)
@@ -254,6 +257,15 @@ class TaskSuite:
         if self.staicc_compat:
             return StaICCPromptBuilder(self.tokenizer, self.data.task, max_length=self.max_length)
         return self.builder
+
+
+def correct_by_query(result: Mapping[str, Any]) -> np.ndarray:
+    """How often each query was answered correctly, `(Q,)` in 0 … 1, from the result of a test that draws it twice.
+
+    What is compared between models are queries: two prompts with the same query are not independent.
+    """
+    correct = np.equal(result["predictions"], result["labels"])
+    return correct.reshape(NORMAL_DRAWS, -1).mean(axis=0)
 
 
 def check_tests(tests: Sequence[str]) -> None:

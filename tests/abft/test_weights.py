@@ -180,15 +180,27 @@ def test_config_is_written_last(tmp_path, monkeypatch):
     assert not is_trained_folder(tmp_path)
 
 
-def test_json_is_whole_or_old(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["half written", "moved"])
+def test_json_is_whole_or_old(moment, tmp_path, monkeypatch):
     path = tmp_path / "folder" / "results.json"
     write_json(path, {"accuracy": 0.5, "name": "µ"})
     assert json.loads(path.read_text(encoding="utf-8")) == {"accuracy": 0.5, "name": "µ"}
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("abft.weights.os.replace", interrupted)  # all is written, nothing moved
+    fdopen = os.fdopen
+
+    def broken(*arguments, **options):
+        file = fdopen(*arguments, **options)
+        file.write("half")
+        file.close()
+        interrupted()
+
+    if moment == "half written":
+        monkeypatch.setattr("abft.weights.os.fdopen", broken)
+    else:  # all is written, nothing moved
+        monkeypatch.setattr("abft.weights.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"accuracy": 0.9})
     assert json.loads(path.read_text(encoding="utf-8"))["accuracy"] == 0.5

@@ -94,7 +94,7 @@ def test_more_of_the_same_experiment(experiment_options, tmp_path):
         experiment_options, output_dir=str(tmp_path), tasks=["topics"], methods=["vanilla"], tests=["Normal"],
     )  # fmt: skip
     Experiment(options).run()
-    Experiment(replace(options, tasks=["moods"], methods=["vanilla", "calibration"], tests=["Calibration"])).run()
+    Experiment(replace(options, tasks=["moods"], methods=["vanilla", "calibration"])).run()
     results = Results(tmp_path)
     assert results.tasks == ["topics", "moods"]
     assert results.content["methods"] == ["vanilla", "calibration"]
@@ -171,6 +171,8 @@ def test_trained_but_not_tested(experiment_options, tmp_path):
         ({"load_in_4bit": True}, "with --lora True"),
         ({"dtype": "float8"}, "dtype must be one of"),
         ({"staicc_compat": True}, "give --tests Normal"),
+        ({"staicc_compat": True, "tests": ["Normal"]}, "leave out the method calibration"),
+        ({"tests": ["Calibration"]}, "unknown test 'Calibration'"),
         ({"batch_size": 5}, "pseudo_batch_size=32 is no multiple"),
         ({"wrong_penalty": -1.0}, "wrong_penalty must not be negative"),
         ({"train_tasks": ["weather"]}, "train_tasks names 'weather'"),

@@ -264,6 +264,18 @@ def test_analysis(analysed, monkeypatch):
     assert analyze(options) == content["parts"]
 
 
+def test_analysis_keeps_what_is_not_asked_for(analysed, tmp_path):
+    copy = tmp_path / "small"
+    shutil.copytree(analysed, copy)
+    before = json.loads((copy / "analysis.json").read_text())
+    analyze(AnalyzeOptions(experiment=str(copy), parts=["momentum"], prompts=6, etas=[0.2], quiet=True))
+    after = json.loads((copy / "analysis.json").read_text())
+    assert after["parts"]["momentum"]["n"] == 6
+    assert [gain["eta"] for gain in after["parts"]["momentum"]["gains"]] == [0.2]
+    assert {**after["parts"], "momentum": None} == {**before["parts"], "momentum": None}
+    assert after["options"]["connectivity"]["prompts"] == 12
+
+
 def test_analysis_refuses(analysed, experiment_folder, tmp_path, capsys):
     arguments = ["analyze", "--experiment", str(analysed)]
     assert main([*arguments, "--parts", "depth"]) == 2

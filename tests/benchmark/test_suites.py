@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from abft.benchmark.staicc import StaICCRandom
-from abft.benchmark.suites import TESTS, TaskSuite, check_tests
+from abft.benchmark.suites import CALIBRATION, TESTS, TaskSuite, check_tests, correct_by_query
 from abft.evaluation import evaluate
 from abft.prompts import PromptBuilder
 
@@ -23,8 +23,8 @@ def decoded(suite: TaskSuite, prompt) -> str:
 
 
 def test_every_test_gives_its_results(suite, demo_model):
-    results = suite.run(demo_model, TESTS, progress=False)
-    assert set(results) == {*TESTS, "heads"}
+    results = suite.run(demo_model, (*TESTS, CALIBRATION), progress=False)
+    assert set(results) == {*TESTS, CALIBRATION, "heads"}
     normal = results["Normal"]
     assert normal["n"] == len(normal["predictions"]) == 32
     right = sum(p == y for p, y in zip(normal["predictions"], normal["labels"], strict=True))
@@ -37,7 +37,7 @@ def test_every_test_gives_its_results(suite, demo_model):
     assert results["GLER"]["accuracy"][0] == normal["accuracy"]
     assert 0 < results["Bias"]["contextual"]["entropy"] <= math.log(4)
     assert results["Unseen"]["n"] == 32
-    calibrated = results["Calibration"]
+    calibrated = results[CALIBRATION]
     assert calibrated["labels"] == normal["labels"]
 
 
@@ -114,7 +114,7 @@ def test_calibration_divides_by_the_mean_answer_to_nothing(suite, demo_model, sm
     empty = suite.empty_queries(small_data.train, 128)
     prior = evaluate(demo_model, empty, suite.builder, progress=False).probabilities.mean(0)
     expected = (normal.probabilities / prior).argmax(1)
-    found = suite.run(demo_model, ["Calibration"], progress=False)["Calibration"]
+    found = suite.run(demo_model, [CALIBRATION], progress=False)[CALIBRATION]
     assert found["predictions"] == expected.tolist()
 
 
@@ -135,6 +135,12 @@ def test_instruction_and_text(demo_tokenizer, small_data):
     assert text.endswith("topic:")
     ids = builder.build(demonstrations, query).input_ids
     assert list(ids) == demo_tokenizer(text).input_ids
+
+
+def test_queries_not_prompts_are_what_is_counted():
+    """Prompts of both draws, one behind the other: the first query is right twice, the second once, the third never."""
+    result = {"predictions": [0, 1, 0, 0, 0, 0], "labels": [0, 1, 2, 0, 1, 2]}
+    assert correct_by_query(result).tolist() == [1, 0.5, 0]
 
 
 def test_unknown_test():

@@ -10,6 +10,7 @@ oracle in float64 on the same rounded inputs, as the largest absolute and as the
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ _LAYOUTS = ("bnhd", "sliced", "strided", "expanded")
 # weights in place of groups; shard: the keys are part of more, the queries stand before, in and behind them; alone:
 # mass of all rows without values.
 FEATURES = ("sinks", "alibi", "packed", "drop", "wanted", "weighted", "shard", "alone")
+DRAWS = 16
 
 
 @dataclass(frozen=True)
@@ -272,10 +274,50 @@ def natural_size(case: Case, inputs: Inputs) -> float:
     return (score + incoming.get("lse", 0.0)) * scale * max(largest["q"], largest["k"])
 
 
-def assert_close(name: str, ours: Tensor, base: Tensor, oracle: Tensor, natural: float, extra: float = 0.0) -> None:
-    """The criterion of the module's docstring, plus eight float32 roundings of the largest value: a float32 result is
-    a long sum that PyTorch happens to get nearly right now and then. `extra`: eps of one more rounding, half a unit in
-    the last place at the most, 0.29 on average.
+@dataclass(frozen=True)
+class Deviation:
+    """How far one result is from the oracle, PyTorch's from it, and what is allowed besides; of one draw or more."""
+
+    name: str
+    draws: int
+    error: float
+    error_norm: float
+    base: float
+    base_norm: float
+    largest: float
+    norm: float
+    floor: float
+    norm_floor: float
+
+    def __add__(self, other: Deviation) -> Deviation:
+        most = {key: max(getattr(self, key), getattr(other, key)) for key in ("error", "base", "largest", "floor")}
+        total = {
+            key: math.hypot(getattr(self, key), getattr(other, key))
+            for key in ("error_norm", "base_norm", "norm", "norm_floor")
+        }
+        return Deviation(self.name, self.draws + other.draws, **most, **total)
+
+    @property
+    def excess(self) -> str | None:
+        """What violates the criterion."""
+        draws = f" over {self.draws} draws" if self.draws > 1 else ""
+        if not self.error <= 2 * self.base + self.floor:
+            return (
+                f"{self.name}: largest error {self.error:.3g}, PyTorch's {self.base:.3g}, "
+                f"largest value {self.largest:.3g}{draws}"
+            )
+        if not self.error_norm <= 2 * self.base_norm + self.norm_floor:
+            return (
+                f"{self.name}: error norm {self.error_norm / self.norm:.3g}, "
+                f"PyTorch's {self.base_norm / self.norm:.3g} of the oracle's{draws}"
+            )
+        return None
+
+
+def deviation(name: str, ours: Tensor, base: Tensor, oracle: Tensor, natural: float, extra: float = 0.0) -> Deviation:
+    """Allowed are twice PyTorch's error and eight float32 roundings of the largest value: a float32 result is a long
+    sum that PyTorch happens to get nearly right now and then. `extra`: eps of one more rounding, half a unit in the
+    last place at the most, 0.29 on average.
     """
     assert ours.shape == oracle.shape, name
     hidden = oracle.isinf()
@@ -288,15 +330,18 @@ def assert_close(name: str, ours: Tensor, base: Tensor, oracle: Tensor, natural:
         floor, norm = eps * natural, natural * max(1, oracle.numel()) ** 0.5
     else:
         floor, norm = eps * largest, oracle.norm().item()
-    error, allowed = (ours - oracle).abs(), (base - oracle).abs()
-    if not error.numel():
-        return
-    assert error.amax() <= 2 * allowed.amax() + floor + extra / 2 * largest, (
-        f"{name}: largest error {error.amax():.3g}, PyTorch's {allowed.amax():.3g}, largest value {largest:.3g}"
-    )
-    assert error.norm() <= 2 * allowed.norm() + (eps + 0.29 * extra) * norm, (
-        f"{name}: error norm {error.norm() / norm:.3g}, PyTorch's {allowed.norm() / norm:.3g} of the oracle's"
-    )
+    errors = [(x - oracle).abs() for x in (ours, base)]
+    (error, by_base), norms = (x.amax().item() if x.numel() else 0.0 for x in errors), [x.norm().item() for x in errors]
+    return Deviation(
+        name, 1, error, norms[0], by_base, norms[1], largest, norm,
+        floor + extra / 2 * largest, (eps + 0.29 * extra) * norm,
+    )  # fmt: skip
+
+
+def assert_close(name: str, ours: Tensor, base: Tensor, oracle: Tensor, natural: float) -> None:
+    """The criterion of the module's docstring."""
+    excess = deviation(name, ours, base, oracle, natural).excess
+    assert excess is None, excess
 
 
 def _distance(x: Tensor, oracle: Tensor) -> float:
@@ -305,7 +350,22 @@ def _distance(x: Tensor, oracle: Tensor) -> float:
 
 
 def check(case: Case, device: torch.device, backend: str, seed: int = 0) -> None:
-    """Every result and gradient of the case against the criterion."""
+    """Every result and gradient of the case against the criterion.
+
+    The two largest errors of a handful of numbers may well be a factor apart. What one draw of inputs seems to violate
+    is judged on `DRAWS` of them, together; an error that no rounding makes stays the largest.
+    """
+    found = deviations(case, device, backend, seed)
+    if any(one.excess for one in found.values()):
+        for number in range(1, DRAWS):
+            more = deviations(case, device, backend, seed + 1000 * number)
+            found = {name: one + more[name] for name, one in found.items()}
+    excesses = [one.excess for one in found.values() if one.excess]
+    assert not excesses, "; ".join(excesses)
+
+
+def deviations(case: Case, device: torch.device, backend: str, seed: int) -> dict[str, Deviation]:
+    """Those of every result and gradient, in one draw of inputs."""
     inputs = make_inputs(case, device, seed)
     ours = run(case, inputs, backend)
     base = run(case, inputs, "reference", DTYPES[case.dtype])
@@ -314,6 +374,7 @@ def check(case: Case, device: torch.device, backend: str, seed: int = 0) -> None
     if backend == "torch" and case.plain:
         bases.append(run(case, inputs, "sdpa", DTYPES[case.dtype]))
     natural = natural_size(case, inputs)
+    found = {}
     for name, value in oracle.items():
         if value is None:
             assert ours[name] is None, f"{name}: nothing was asked for it"
@@ -322,11 +383,11 @@ def check(case: Case, device: torch.device, backend: str, seed: int = 0) -> None
             worst = max(bases, key=lambda base: _distance(base[name], value))
             # The torch backend adds the gradients of two ops, each rounded.
             summed = len(bases) > 1 and name in ("dq", "dk")
-            # dsinks is one number a head, a sum over rows of dO·O with O rounded: PyTorch's may be lucky.
-            extra = torch.finfo(DTYPES[case.dtype]).eps if summed or name == "dsinks" else 0.0
-            assert_close(name, ours[name], worst[name], value, natural, extra)
+            extra = torch.finfo(DTYPES[case.dtype]).eps if summed else 0.0
+            found[name] = deviation(name, ours[name], worst[name], value, natural, extra)
     expected = torch.promote_types(DTYPES[case.dtype], torch.float32)
     assert ours["mass"].dtype == ours["lse"].dtype == expected
     assert ours["dk"].dtype == DTYPES[case.dtype]
     for name, x in inputs.extras.items():
         assert ours[f"d{name}"] is None or ours[f"d{name}"].dtype == x.dtype
+    return found
