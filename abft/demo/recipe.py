@@ -23,7 +23,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_constant_schedule_with_warmup,
+)
 
 from abft.data import Example
 from abft.demo import corpus
@@ -44,12 +50,14 @@ class Recipe:
         hidden_size: width of the model; its MLP is twice as wide.
         layers: number of layers.
         heads: attention heads per layer.
-        learning_rate: of AdamW, constant.
+        learning_rate: of AdamW.
+        warmup_steps: the learning rate rises over so many steps, and is constant then; wider models need some.
         batch_size: sequences per step, in both stages.
         repeat_length: tokens of a repeated random sequence.
         repeat_loss: the first stage ends when the loss on repeated tokens falls below it, in nats.
         repeat_steps: the first stage ends after so many steps at the latest.
-        prompt_steps: steps of the second stage.
+        prompt_loss: the second stage ends when the loss on labels falls below it, in nats; 0: by its steps alone.
+        prompt_steps: steps of the second stage, at the most.
         demonstrations: per prompt of the second stage.
         classes: per prompt of the second stage.
         mood_share: share of the second stage's prompts that ask for moods.
@@ -65,10 +73,12 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     learning_rate: float = 1e-3
+    warmup_steps: int = 0
     batch_size: int = 32
     repeat_length: int = 64
     repeat_loss: float = 0.3
     repeat_steps: int = 2000
+    prompt_loss: float = 0.0
     prompt_steps: int = 450
     demonstrations: int = 8
     classes: int = 4
@@ -86,7 +96,7 @@ class Recipe:
                 f"hidden_size={self.hidden_size} must be a multiple of 2·heads={2 * self.heads}: "
                 "rotary heads have an even size; change one of the two"
             )
-        for name in ("repeat_steps", "prompt_steps"):
+        for name in ("warmup_steps", "repeat_steps", "prompt_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         self.pretraining_prompt(random.Random(0))  # refuses what the language has not
@@ -219,6 +229,7 @@ def pretrain(
     """
     model = build_model(recipe, tokenizer).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = get_constant_schedule_with_warmup(optimizer, recipe.warmup_steps)
     rng = random.Random(recipe.seed)
     columns = (
         TextColumn("{task.description}"),
@@ -231,7 +242,7 @@ def pretrain(
         bar = bars.add_task("Repeated sequences", total=recipe.repeat_steps, loss=math.nan)
         for _ in range(recipe.repeat_steps):
             loss = _repeat_loss(model, rng, recipe.batch_size, recipe.repeat_length)
-            _step(model, optimizer, loss)
+            _step(model, optimizer, schedule, loss)
             bars.update(bar, advance=1, loss=loss.item())
             if loss.item() < recipe.repeat_loss:
                 break
@@ -246,8 +257,11 @@ def pretrain(
             if recipe.rehearsal:
                 repeats = _repeat_loss(model, rng, recipe.rehearsal, recipe.repeat_length)
                 loss = loss + recipe.rehearsal_weight * repeats
-            _step(model, optimizer, loss)
-            bars.update(bar, advance=1, loss=losses[is_label].mean().item())
+            _step(model, optimizer, schedule, loss)
+            of_labels = losses[is_label].mean().item()
+            bars.update(bar, advance=1, loss=of_labels)
+            if of_labels < recipe.prompt_loss:
+                break
     return model.eval()
 
 
@@ -285,11 +299,14 @@ def _repeat_loss(model: LlamaForCausalLM, rng: random.Random, count: int, length
     return _next_token_losses(model, ids, targets).sum() / (targets != _IGNORE).sum()
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, loss: Tensor
+) -> None:
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    schedule.step()
 
 
 if __name__ == "__main__":
