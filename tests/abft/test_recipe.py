@@ -13,6 +13,11 @@ SMALL = ["--hidden_size", "32", "--layers", "1", "--heads", "2", "--repeat_steps
          "--batch_size", "4", "--threads", "1", "--quiet"]  # fmt: skip
 
 
+def weights(folder, *flags):
+    recipe.main(["--output", str(folder), *SMALL, *flags])
+    return torch.cat([p.flatten() for p in AutoModelForCausalLM.from_pretrained(folder).parameters()])
+
+
 def test_language_of_the_committed_model():
     """Its vocabulary, order included; and the draws that its pre-training began with."""
     packaged = AutoTokenizer.from_pretrained(recipe.Path(recipe.__file__).parent / "model")
@@ -24,13 +29,23 @@ def test_language_of_the_committed_model():
 
 
 def test_same_seed_same_weights(tmp_path):
-    for name in ("first", "second"):
-        recipe.main(["--output", str(tmp_path / name), *SMALL])
-    recipe.main(["--output", str(tmp_path / "third"), *SMALL, "--seed", "1"])
-    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("first", "second", "third")]
-    first, second, third = (torch.cat([p.flatten() for p in model.parameters()]) for model in models)
+    first, second = (weights(tmp_path / name) for name in ("first", "second"))
     assert torch.equal(first, second)
-    assert not torch.equal(first, third)
+    assert not torch.equal(first, weights(tmp_path / "third", "--seed", "1"))
+
+
+def test_a_stage_ends_by_its_loss(tmp_path):
+    once = weights(tmp_path / "once", "--prompt_steps", "1", "--repeat_steps", "1")
+    by_loss = weights(tmp_path / "by_loss", "--prompt_loss", "100", "--repeat_loss", "100")
+    assert torch.equal(once, by_loss)
+    assert not torch.equal(once, weights(tmp_path / "all"))
+
+
+def test_warm_up_begins_at_nothing(tmp_path):
+    untrained = weights(tmp_path / "untrained", "--prompt_steps", "0", "--repeat_steps", "0")
+    first = ("--prompt_steps", "0", "--repeat_steps", "1")
+    assert torch.equal(untrained, weights(tmp_path / "first", *first, "--warmup_steps", "5"))
+    assert not torch.equal(untrained, weights(tmp_path / "without", *first))
 
 
 def test_other_sizes(tmp_path, capsys):
@@ -60,6 +75,7 @@ def test_lengths_of_texts():
         (["--longest_text", "11"], "lengths must rise within 2 to 10"),
         (["--hidden_size", "30"], "must be a multiple of"),
         (["--prompt_steps", "-1"], "prompt_steps must be 0 or more"),
+        (["--warmup_steps", "-1"], "warmup_steps must be 0 or more"),
         (["--device", "tpu"], "--device 'tpu' is not there"),
         (["--save_dtype", "int8"], "--save_dtype must be"),
         (["--threads", "0"], "--threads must be 1 or more"),

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,8 @@ def test_every_test_gives_its_results(suite, demo_model):
         assert 0.25 <= results[test]["consistency"] <= 1
     assert results["GLER"]["correct_label_shares"] == [1, 0.75, 0.5, 0.25, 0]
     assert results["GLER"]["accuracy"][0] == normal["accuracy"]
+    shares, accuracies = results["GLER"]["correct_label_shares"], results["GLER"]["accuracy"]
+    assert results["GLER"]["gler"] == pytest.approx(np.polyfit(shares, accuracies, 1)[0])
     assert 0 < results["Bias"]["contextual"]["entropy"] <= math.log(4)
     assert results["Unseen"]["n"] == 32
     calibrated = results[CALIBRATION]
@@ -124,6 +127,8 @@ def test_sensitivity_counts_predictions_of_the_same_query(suite, demo_model):
     by_query = result.predictions.view(8, 16).T.tolist()
     expected = sum(max(Counter(row).values()) / 8 for row in by_query) / 16
     assert found["consistency"] == pytest.approx(expected)
+    by_draw = (result.predictions == result.labels).view(8, 16).double().mean(1)
+    assert found["accuracy"] == pytest.approx(by_draw.tolist())
 
 
 def test_instruction_and_text(demo_tokenizer, small_data):
@@ -139,7 +144,7 @@ def test_instruction_and_text(demo_tokenizer, small_data):
 
 def test_queries_not_prompts_are_what_is_counted():
     """Prompts of both draws, one behind the other: the first query is right twice, the second once, the third never."""
-    result = {"predictions": [0, 1, 0, 0, 0, 0], "labels": [0, 1, 2, 0, 1, 2]}
+    result = {"predictions": [0, 0, 0, 0, 1, 0], "labels": [0, 1, 2, 0, 1, 2]}
     assert correct_by_query(result).tolist() == [1, 0.5, 0]
 
 
