@@ -111,7 +111,8 @@ def test_subjectivity_has_our_words_unless_theirs_are_asked_for(staicc):
 def test_order_of_published_data(staicc):
     """A data set as published comes into the order that their loaders give it."""
     rng = random.Random(0)
-    rows = [(["".join(rng.choices(string.ascii_letters, k=rng.randint(3, 2000)))], 0) for _ in range(300)]
+    lengths = [1023, 1024, 1025, *(rng.randint(3, 2000) for _ in range(300))]
+    rows = [(["".join(rng.choices(string.ascii_letters, k=length))], 0) for length in lengths]
     theirs = staicc.loaders.basic_datasets_loader()
     theirs.table = list(rows)
     theirs._automatic_cut_by_length()
