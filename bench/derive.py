@@ -11,12 +11,16 @@ through the public operators, all other kernels of the table as they are.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import triton
 
 import abft_kernels
 from abft_kernels.launch import ARCHITECTURES, TABLE, Launch
@@ -115,36 +119,45 @@ class Key(NamedTuple):
 
 def _serves(key: Key, launch: Launch) -> str:
     """Why the candidate is refused; empty if it passes."""
-    for case in key.cases(launch):
-        row = compile_case(case)
-        if case.variant in FEATURES and "error" not in row and not row["loop_spills"]:
-            row |= {"spills": 0, "stack": 0}
-        if found := problems(row):
-            return f"{case.kernel} {case.variant} G{case.groups}: {found[0]}"
-    return ""
+    return next(filter(None, (_refusal(case, compile_case(case)) for case in key.cases(launch))), "")
 
 
-def choose(key: Key) -> tuple[Key, list[Launch], list[tuple[Launch, str]]]:
-    """The first candidate that passes (all that do, last, are left to `--measure`), and those refused before it."""
+def _refusal(case: Case, row: dict[str, Any]) -> str:
+    if case.variant in FEATURES and "error" not in row and not row["loop_spills"]:
+        row = row | {"spills": 0, "stack": 0}
+    found = problems(row)
+    return f"{case.kernel} {case.variant} G{case.groups}: {found[0]}" if found else ""
+
+
+def choose(key: Key) -> tuple[Key, Launch | None, list[tuple[Launch, str]]]:
+    """The first candidate that passes, and those refused before it."""
     refused = []
     for candidate in CANDIDATES[key.table, key.element_size][key.head_tile]:
         launch = Launch(*candidate)
         if why := _serves(key, launch):
             refused.append((launch, why))
         else:
-            return key, [launch], refused
-    return key, [], refused
+            return key, launch, refused
+    return key, None, refused
 
 
-def _choose_all(key: Key) -> tuple[Key, list[Launch], list[tuple[Launch, str]]]:
-    passing, refused = [], []
-    for candidate in CANDIDATES[key.table, key.element_size][key.head_tile]:
-        launch = Launch(*candidate)
-        if why := _serves(key, launch):
-            refused.append((launch, why))
-        else:
-            passing.append(launch)
-    return key, passing, refused
+Pair = tuple[Key, Launch]
+
+
+def passing(pool: Executor, keys: list[Key]) -> tuple[list[Pair], dict[Pair, str]]:
+    """Every candidate that passes, and why the others are refused: the compilations of all of them side by side."""
+    pairs = [(key, Launch(*one)) for key in keys for one in CANDIDATES[key.table, key.element_size][key.head_tile]]
+    refused: dict[Pair, str] = {}
+    compiled: dict[Case, dict[str, Any]] = {}
+    # The first form refuses most of what is refused.
+    for forms in (slice(0, 1), slice(1, None)):
+        left = {pair: list(pair[0].cases(pair[1]))[forms] for pair in pairs if pair not in refused}
+        missing = list(dict.fromkeys(case for cases in left.values() for case in cases if case not in compiled))
+        compiled |= zip(missing, pool.map(compile_case, missing), strict=True)
+        for pair, cases in left.items():
+            if why := next(filter(None, (_refusal(case, compiled[case]) for case in cases)), ""):
+                refused[pair] = why
+    return [pair for pair in pairs if pair not in refused], refused
 
 
 @contextmanager
@@ -158,42 +171,75 @@ def _entry(key: Key, launch: Launch) -> Iterator[None]:
         TABLE[key.table, key.element_size, key.arch] = whole
 
 
-def _milliseconds(key: Key, launch: Launch, tokens: int) -> float:
-    """Median time of the operator that runs the kernel, on random data, causal, 4 query heads per KV head."""
+def operator(key: Key, launch: Launch, tokens: int, device: str = "cuda") -> Callable[[], Any]:
+    """What runs the kernel: a pass on random data, causal, 4 query heads per KV head; backward for its kernels."""
     import torch
-    from triton.testing import do_bench
 
     dtype = torch.bfloat16 if key.element_size == 2 else torch.float32
     heads = max(4, 2048 // key.head_tile)
     shapes = ((heads, tokens), (heads // 4, tokens), (heads // 4, tokens))
-    q, k, v = (torch.randn(1, h, n, key.head_tile, device="cuda", dtype=dtype, requires_grad=True) for h, n in shapes)
-    groups = torch.randint(-1, key.groups, (1, tokens), device="cuda", dtype=torch.int8)
-    with _entry(key, launch):
-        if key.table == "rows":
-            rows, last = q[:, :, -1:].detach().requires_grad_(), torch.full((1, 1), tokens - 1, device="cuda")
+    q, k, v = (torch.randn(1, h, n, key.head_tile, device=device, dtype=dtype, requires_grad=True) for h, n in shapes)
+    groups = torch.randint(-1, key.groups, (1, tokens), device=device).to(torch.int8)
+    shared: dict[str, Any] = {"num_groups": key.groups, "backend": "triton"}
+    if key.table == "rows":
+        rows, last = q[:, :, -1:].detach().requires_grad_(), torch.full((1, 1), tokens - 1, device=device)
 
-            def run() -> Any:
-                return abft_kernels.row_mass(rows, k, groups, key.groups, row_positions=last, backend="triton").sum()
+        def row() -> Any:
+            mass = abft_kernels.row_mass(rows, k, groups, row_positions=last, **shared)
+            return torch.autograd.grad(mass, [rows, k], torch.ones_like(mass))
 
-            leaves = [rows, k]
-        else:
-
-            def run() -> Any:
-                out, mass = abft_kernels.mass_attention(q, k, v, groups, key.groups, backend="triton")
-                return out.float().sum() + mass.sum()
-
-            leaves = [q, k, v]
-        if key.table == "forward":
-            return float(do_bench(run, return_mode="median"))
-        return float(do_bench(lambda: torch.autograd.grad(run(), leaves), return_mode="median"))
+        return _with_entry(key, launch, row)
+    if key.table == "forward":
+        return _with_entry(
+            key, launch, lambda: abft_kernels.mass_attention(q.detach(), k.detach(), v.detach(), groups, **shared)
+        )
+    outputs = abft_kernels.mass_attention(q, k, v, groups, **shared)
+    incoming = [torch.randn_like(x) for x in outputs]
+    return _with_entry(key, launch, lambda: torch.autograd.grad(outputs, [q, k, v], incoming, retain_graph=True))
 
 
-def _keys(archs: list[int], only: str) -> list[Key]:
+def _with_entry(key: Key, launch: Launch, function: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with _entry(key, launch):
+            return function()
+
+    return run
+
+
+def _warm(key: Key, launch: Launch, tokens: int) -> str:
+    """Runs the kernel once, so that it is compiled; what is wrong, if it does not run."""
+    import torch
+
+    try:
+        operator(key, launch, tokens)()
+        torch.cuda.synchronize()
+    except Exception as error:  # compilers raise their own
+        return f"does not run: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    return ""
+
+
+def _measure(pool: Executor, pairs: list[Pair], tokens: int) -> tuple[dict[Pair, dict[str, float]], dict[Pair, str]]:
+    """Milliseconds of each candidate, one after the other once all are compiled; and why some have none."""
+    import torch
+
+    from bench.timing import measure
+
+    reasons = pool.map(_warm, *zip(*((*pair, tokens) for pair in pairs), strict=True)) if pairs else []
+    refused = {pair: why for pair, why in zip(pairs, reasons, strict=True) if why}
+    times: dict[Pair, dict[str, float]] = {}
+    for pair in pairs:
+        if pair not in refused:
+            times[pair] = measure(operator(*pair, tokens), torch.device("cuda"))
+    return times, refused
+
+
+def _keys(archs: list[int], only: str, widths: list[int] | None = None) -> list[Key]:
     return [
         Key(table, element_size, arch, width, groups)
-        for (table, element_size), widths in CANDIDATES.items()
+        for (table, element_size), of_table in CANDIDATES.items()
         if only in f"{table}-{element_size}"
-        for width in widths
+        for width in of_table
+        if not widths or width in widths
         for arch in archs
         for groups in FORMS
     ]
@@ -239,21 +285,22 @@ def table_source(chosen: dict[Key, Launch], archs: tuple[int, ...], how: str) ->
     return "\n".join([*lines, "}", ""])
 
 
-def _kept(only: str, archs: list[int]) -> dict[Key, Launch]:
+def _kept(keys: list[Key]) -> dict[Key, Launch]:
     """The entries of the present table that this run leaves alone."""
-    return {
+    present = {
         Key(table, element_size, arch, width, groups): launch
         for (table, element_size, arch), entries in TABLE.items()
         for width, groups, launch in entries
-        if arch not in archs or only not in f"{table}-{element_size}"
     }
+    return {key: launch for key, launch in present.items() if key not in keys}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.derive", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--arch", default="80,90,100", help="compute capabilities, comma-separated")
     parser.add_argument("--only", default="", help="part of KERNEL-ELEMENTSIZE, for example backward_kv-2")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--widths", default="", help="head tiles, comma-separated, for example 64,128; all by default")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--measure", action="store_true", help="time every passing candidate on this GPU")
     parser.add_argument("--tokens", type=int, default=8192, help="sequence length for --measure")
     parser.add_argument("--json", type=Path, help="write what was chosen and refused there")
@@ -269,19 +316,49 @@ def main(arguments: list[str] | None = None) -> int:
         from abft_kernels.launch import architecture
 
         archs = [architecture(torch.device("cuda"))]
-        how = f"The fastest launches without spills on {torch.cuda.get_device_name()} at {options.tokens} tokens."
-    chosen, record = _kept(options.only, archs), []
-    with ProcessPoolExecutor(options.jobs) as pool:
-        for key, passing, refused in pool.map(_choose_all if options.measure else choose, _keys(archs, options.only)):
-            times = [_milliseconds(key, launch, options.tokens) for launch in passing] if options.measure else []
-            best = passing[times.index(min(times))] if times else (passing or [None])[0]
-            print(
-                *key, "->", best and tuple(best), f"({len(refused)} refused)", *map("{:.3f}".format, times), flush=True
-            )
-            if best is not None:
-                chosen[key] = best
-            record.append({"key": list(key), "launch": best, "passing": passing, "milliseconds": times,
-                           "refused": [[list(launch), why] for launch, why in refused]})  # fmt: skip
+        which = " ".join(filter(None, [options.only, options.widths and f"head tiles {options.widths}"])) or "all"
+        how = (
+            f"sm_{archs[0]} ({which}): the fastest without spills at {options.tokens} tokens on\n"
+            f"{torch.cuda.get_device_name()}, Triton {triton.__version__}.\n"
+            "All else: no spills and within shared memory by the compiler's report."
+        )
+    keys = _keys(archs, options.only, [int(width) for width in options.widths.split(",") if width])
+    if not keys:
+        parser.error(f"nothing to choose: no kernel's name holds --only {options.only!r} at --widths {options.widths}")
+    chosen, record = _kept(keys), []
+    times: dict[Pair, dict[str, float]] = {}
+    refused: dict[Pair, str] = {}
+    # Processes of their own: a fork could not use the GPU.
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        if options.measure:
+            found, refused = passing(pool, keys)
+            print(f"{len(found)} candidates pass, {len(refused)} are refused; timing", flush=True)
+            times, broken = _measure(pool, found, options.tokens)
+            refused |= broken
+            for key in keys:
+                timed = [pair for pair in times if pair[0] == key]
+                if timed:
+                    chosen[key] = min(timed, key=lambda pair: times[pair]["median"])[1]
+        else:
+            for key, launch, before in pool.map(choose, keys):
+                refused |= {(key, one): why for one, why in before}
+                if launch is not None:
+                    chosen[key] = launch
+    for key in keys:
+        ours = {launch: time for (of, launch), time in times.items() if of == key}
+        why = {launch: why for (of, launch), why in refused.items() if of == key}
+        launch = chosen.get(key)
+        print(
+            *key,
+            "->",
+            launch and tuple(launch),
+            f"({len(why)} refused)",
+            *(f"{t['median']:.3f}" for t in ours.values()),
+        )
+        record.append({
+            "key": list(key), "launch": launch, "refused": [[list(one), reason] for one, reason in why.items()],
+            "milliseconds": [[list(one), time] for one, time in ours.items()],
+        })  # fmt: skip
     if options.json:
         write_json(options.json, {"provenance": provenance(("torch", "triton")), "entries": record})
     if options.write:

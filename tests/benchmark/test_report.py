@@ -103,6 +103,15 @@ def test_overview_has_means_errors_and_the_best(tmp_path):
     assert table.bold == {(1, 1), (2, 1), (2, 2), (2, 3)}
 
 
+def test_time_of_resumed_training_is_not_counted(tmp_path):
+    folder = made(tmp_path, GOOD)
+    path = folder / "runs" / RunKey("abft", "a", 512, 0).folder / "run.json"
+    content = json.loads(path.read_text())
+    content["training"] |= {"resumed": True, "seconds": 1000.0}
+    path.write_text(json.dumps(content))
+    assert Results(folder).seconds("abft") == (10, 0)
+
+
 def test_transfer_table(tmp_path):
     tables = {table.name.split("-")[-1]: table for table in experiment_tables(Results(made(tmp_path, GOOD)))}
     rows = {row[0]: row[1:] for row in tables["transfer"].rows}
@@ -237,6 +246,11 @@ def test_compare(tmp_path, capsys):
         compare_runs(runs[0], tmp_path)
     path = folder / "runs" / "abft-a-n512-seed1" / "run.json"
     content = json.loads(path.read_text())
+    normal = content["tests"]["a"]["Normal"]
+    normal["labels"] = [1, *normal["labels"][1:]]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="task a: the runs were tested on different queries"):
+        compare_runs(*runs)
     content["settings"]["k"] = 8
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="k is 4 and 8"):
