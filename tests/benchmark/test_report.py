@@ -1,6 +1,7 @@
 """Reports: tables with the right numbers in them, claims judged by them, and a page that a browser shows whole."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -101,6 +102,18 @@ def test_overview_has_means_errors_and_the_best(tmp_path):
     assert table.rows[1] == ["demo, ABFT", "75.0 ± 5.0", "80.0 ± 0.0", "77.5 ± 2.5"]
     assert table.rows[2] == ["demo, E2E", "75.0 ± 1.0", "82.0 ± 0.0", "78.5 ± 0.5"]
     assert table.bold == {(1, 1), (2, 1), (2, 2), (2, 3)}
+
+
+def test_robustness_table(tmp_path):
+    half, sure = math.log(4) / 2, 0.0
+    bias = {
+        "contextual": {"distribution": [0.25] * 4, "entropy": half},
+        "domain": {"distribution": [0.25] * 4, "entropy": sure},
+    }
+    tests = {"GLER": {"gler": 0.4}, "Unseen": {"accuracy": 0.125}, "Bias": bias}
+    tables = experiment_tables(Results(made(tmp_path, GOOD, abft=tests)))
+    (table,) = (table for table in tables if table.name.endswith("robustness"))
+    assert table.rows == [["ABFT", "40.0 ± 0.0", "12.5 ± 0.0", "50.0 ± 0.0", "0.0 ± 0.0"]]
 
 
 def test_time_of_resumed_training_is_not_counted(tmp_path):
