@@ -15,6 +15,7 @@ from abft_kernels.launch import TABLE, Launch, architecture, launch_config
 
 ROOT = Path(__file__).parents[2]
 SERIAL = SimpleNamespace(map=map)
+_CLEAN = {"spills": 0, "loop_spills": 0}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,8 @@ def test_passing_compiles_each_form_once_and_refuses_early(derive, monkeypatch):
 
     def compiled(case):
         seen.append(case)
-        spills = 4 * (case.launch.block_n >= 128 or case.variant == "packed")
-        return {"spills": spills, "stack": 0, "shared": 0, "arch": case.arch, "loop_spills": 0}
+        wide = case.launch.block_n >= 128
+        return {"spills": 40, "stack": 0, "shared": 0, "arch": case.arch, "loop_spills": 30 if wide else 2}
 
     monkeypatch.setattr(derive, "compile_case", compiled)
     keys = derive._keys([90], "forward-2", [64])
@@ -66,7 +67,22 @@ def test_passing_compiles_each_form_once_and_refuses_early(derive, monkeypatch):
     assert {launch.block_n for launch in wide} == {128}
     assert {case.variant for case in seen if case.launch in wide} == {"full"}
     assert len(pairs) + len(refused) == 2 * len(derive.CANDIDATES["forward", 2][64])
-    assert all("full G2: spills: 4" in why for why in refused.values())  # outside of its loop "packed" may spill
+    assert all("full G2: spills: 40" in why for why in refused.values())
+
+
+@pytest.mark.parametrize(
+    ("form", "spills", "loop_spills", "passes"),
+    [("full", 2, 0, False), ("off", 2, 0, False), ("lean", 20, 0, True), ("gemma", 20, 4, True), ("oss", 20, 5, False)],
+)
+def test_what_may_spill_without_a_clock(derive, monkeypatch, form, spills, loop_spills, passes):
+    def compiled(case):
+        found = {"spills": spills, "loop_spills": loop_spills} if case.variant == form else _CLEAN
+        return {"stack": 0, "shared": 0, "arch": case.arch, **found}
+
+    monkeypatch.setattr(derive, "compile_case", compiled)
+    _, launch, refused = derive.choose(derive.Key("forward", 2, 90, 64, 2))
+    assert (launch is not None) is passes
+    assert bool(refused) is not passes
 
 
 @pytest.mark.parametrize(
