@@ -70,7 +70,7 @@ def collect(
     if not dry_run and not torch.cuda.is_available():
         raise RuntimeError("no CUDA GPU here; --dry-run runs the suites on the CPU to see that they run")
     device = torch.device("cpu" if dry_run else "cuda")
-    setting = suites.Setting(device, timing.Budget(budget), dry_run)
+    setting = suites.Setting(device, timing.Budget(budget), dry_run, alone=bool(only) and len(only) == 1)
     result: dict[str, Any] = {
         "kind": "gpu", "dry_run": dry_run, "provenance": provenance() | {"gpu": timing.gpu_state(device)},
         "ceilings": timing.ceilings(device), "suites": {}, "complete": False,

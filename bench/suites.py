@@ -6,6 +6,7 @@ Each yields rows (dicts); a row that could not be measured has a `reason` in pla
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ class Setting(NamedTuple):
     device: torch.device
     budget: Budget
     tiny: bool  # shapes for the interpreter: the code runs, nothing is measured
+    alone: bool = False  # one suite, which may have all the time
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,15 +95,19 @@ def _tried(work: Callable[[], Row]) -> Row:
 
 
 def _pytest(setting: Setting, workers: int) -> Row:
-    """The kernel tests, compiled on the card (interpreted in a dry run, and few of them)."""
+    """The kernel tests, compiled on the card (interpreted in a dry run, and few of them).
+
+    What takes the time is the compiler, which each drawn case calls several times: few of those.
+    """
     which = ["tests/kernels/test_validation.py"] if setting.tiny else ["tests/kernels"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-x" if setting.tiny else "--maxfail=50", *which,
-                   "--deselect", "tests/kernels/test_aot.py", f"--junitxml={report}"]  # fmt: skip
+                   "--deselect", "tests/kernels/test_aot.py", "--hypothesis-profile", "few",
+                   f"--junitxml={report}"]  # fmt: skip
         if workers > 1:
-            command += ["-n", str(workers)]
-        limit = max(30.0, min(300.0, setting.budget.left() - 60))
+            command += ["-n", str(workers), "--dist", "worksteal"]
+        limit = max(30.0, setting.budget.left() - 20 if setting.alone else min(300.0, setting.budget.left() - 60))
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
         except subprocess.TimeoutExpired:
@@ -152,13 +158,13 @@ def _exactness(setting: Setting, n: int, head_dim: int, dense: bool) -> Row:
             "bitwise": bitwise, "error": errors, "pytorch_error": allowed}  # fmt: skip
 
 
-def correctness(setting: Setting, workers: int = 8) -> Iterator[Row]:
+def correctness(setting: Setting) -> Iterator[Row]:
     for head_dim in (64, 128):
         for dense in (False, True):
             n = 48 if setting.tiny else 4096
             row = _tried(lambda n=n, d=head_dim, dense=dense: _exactness(setting, n, d, dense))
             yield {"check": "float64", "n": n, "head_dim": head_dim, "ok": False, **row}
-    yield _pytest(setting, 1 if setting.tiny else workers)
+    yield _pytest(setting, 1 if setting.tiny else os.cpu_count() or 1)
 
 
 # --- fused kernels ----------------------------------------------------------------------------------------
