@@ -294,14 +294,13 @@ def table_source(chosen: dict[Key, Launch], archs: tuple[int, ...], how: str) ->
     return "\n".join([*lines, "}", ""])
 
 
-def _kept(keys: list[Key]) -> dict[Key, Launch]:
-    """The entries of the present table that this run leaves alone."""
-    present = {
+def _present() -> dict[Key, Launch]:
+    """The entries of the present table."""
+    return {
         Key(table, element_size, arch, width, groups): launch
         for (table, element_size, arch), entries in TABLE.items()
         for width, groups, launch in entries
     }
-    return {key: launch for key, launch in present.items() if key not in keys}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -334,7 +333,9 @@ def main(arguments: list[str] | None = None) -> int:
     keys = _keys(archs, options.only, [int(width) for width in options.widths.split(",") if width])
     if not keys:
         parser.error(f"nothing to choose: no kernel's name holds --only {options.only!r} at --widths {options.widths}")
-    chosen, record = _kept(keys), []
+    # What cannot be timed keeps its launch; what no longer compiles well loses it.
+    chosen = {key: launch for key, launch in _present().items() if options.measure or key not in keys}
+    record = []
     times: dict[Pair, dict[str, float]] = {}
     refused: dict[Pair, str] = {}
     # Processes of their own: a fork could not use the GPU.
@@ -344,6 +345,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{len(found)} candidates pass, {len(refused)} are refused; timing", flush=True)
             times, broken = _measure(pool, found, options.tokens)
             refused |= broken
+            if not times:
+                print("nothing could be timed:", *sorted(set(refused.values()))[:5], sep="\n", file=sys.stderr)
+                return 1
             for key in keys:
                 timed = [pair for pair in times if pair[0] == key]
                 if timed:
@@ -357,13 +361,8 @@ def main(arguments: list[str] | None = None) -> int:
         ours = {launch: time for (of, launch), time in times.items() if of == key}
         why = {launch: why for (of, launch), why in refused.items() if of == key}
         launch = chosen.get(key)
-        print(
-            *key,
-            "->",
-            launch and tuple(launch),
-            f"({len(why)} refused)",
-            *(f"{t['median']:.3f}" for t in ours.values()),
-        )
+        medians = (f"{time['median']:.3f}" for time in ours.values())
+        print(*key, "->", launch and tuple(launch), f"({len(why)} refused)", *medians)
         record.append({
             "key": list(key), "launch": launch, "refused": [[list(one), reason] for one, reason in why.items()],
             "milliseconds": [[list(one), time] for one, time in ours.items()],

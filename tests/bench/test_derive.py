@@ -126,3 +126,36 @@ def test_the_fastest_is_chosen(derive, monkeypatch):
     times, refused = derive._measure(SERIAL, candidates, 64)
     assert {launch.num_warps for _, launch in refused} == {4}
     assert {launch.block_n for _, launch in times} == {64, 128}
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_measured_entries_replace_others_and_nothing_is_lost(derive, monkeypatch, tmp_path, timed, capsys):
+    """The whole command, with a clock that prefers few warps, or one that nothing comes before."""
+    keys = [derive.Key("forward", 2, 90, 64, groups) for groups in (2, 16)]
+    pairs = [(keys[0], Launch(*one)) for one in derive.CANDIDATES["forward", 2][64]]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Card")
+    monkeypatch.setattr("abft_kernels.launch.architecture", lambda device: 90)
+    monkeypatch.setattr(derive, "passing", lambda pool, keys: (pairs, {}))
+    times = {pair: {"median": float(pair[1].num_warps), "low": 0.0, "high": 9.0} for pair in pairs} if timed else {}
+    broken = {} if timed else {pair: "does not run: no card" for pair in pairs}
+    monkeypatch.setattr(derive, "_measure", lambda pool, pairs, tokens: (times, broken))
+    package = tmp_path / "abft_kernels"
+    package.mkdir()
+    monkeypatch.setattr(derive.abft_kernels, "__file__", str(package / "__init__.py"))
+    done = derive.main(["--measure", "--only", "forward-2", "--widths", "64", "--jobs", "1", "--write"])
+    if not timed:
+        assert done == 1
+        assert not list(package.iterdir())
+        assert "does not run: no card" in capsys.readouterr().err
+        return
+    written: dict = {}
+    exec((package / "launch_table.py").read_text(), written)
+    assert "forward-2 head tiles 64): the fastest at 8192 tokens on\nNVIDIA Card" in written["__doc__"]
+    fastest = min(pairs, key=lambda pair: pair[1].num_warps)[1]
+    old, new = TABLE["forward", 2, 90], written["TABLE"]["forward", 2, 90]
+    assert new[0] == (64, 2, fastest)
+    assert [entry[:2] for entry in new[1:]] == [entry[:2] for entry in old[1:]]
+    assert {key: entries for key, entries in written["TABLE"].items() if key != ("forward", 2, 90)} == {
+        key: entries for key, entries in TABLE.items() if key != ("forward", 2, 90)
+    }
