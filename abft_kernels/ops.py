@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from abft_kernels import torch_backend
 from abft_kernels.spec import Extras, Options
@@ -45,7 +44,7 @@ def _exact(function: Callable[..., Any]) -> Callable[..., Any]:
 # --- a few rows ------------------------------------------------------------------------------------------
 
 
-@custom_op("abft::row_mass", mutates_args=())
+@library.custom_op("abft::row_mass", mutates_args=())
 @_exact
 def row_mass_op(
     q: Tensor,
@@ -86,7 +85,7 @@ def _(q, k, positions, *arguments):
     return q.new_empty((*q.shape[:3], options.num_groups), dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
 
 
-@custom_op("abft::row_mass_backward", mutates_args=())
+@library.custom_op("abft::row_mass_backward", mutates_args=())
 @_exact
 def row_mass_backward_op(
     dmass: _OptTensor,
@@ -167,7 +166,7 @@ row_mass_op.register_autograd(_row_mass_autograd, setup_context=_row_mass_setup)
 # --- all rows, fused with the attention output -----------------------------------------------------------
 
 
-@custom_op("abft::mass_attention", mutates_args=())
+@library.custom_op("abft::mass_attention", mutates_args=())
 @_exact
 def mass_attention_op(
     q: Tensor,
@@ -214,7 +213,7 @@ def _(q, k, v, *arguments):
     )
 
 
-@custom_op("abft::mass_attention_backward", mutates_args=())
+@library.custom_op("abft::mass_attention_backward", mutates_args=())
 @_exact
 def mass_attention_backward_op(
     do: _OptTensor,

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from harness import Case, make_inputs, run
-from torch.library import opcheck
+from torch import library
 
 from abft_kernels import attention, mass_attention, mass_attention_reference, ops, row_mass, row_mass_reference
 from abft_kernels.spec import Extras, Options
@@ -64,23 +64,23 @@ def _detached(arguments):
 @pytest.mark.parametrize("case", ROWS)
 def test_opcheck_row_mass(case, backend, device):
     arguments = _arguments(case, device, backend)
-    opcheck(ops.row_mass_op, arguments)
+    library.opcheck(ops.row_mass_op, arguments)
     plain = _detached(arguments)
     results = ops.row_mass_op(*plain)
     for incoming in ([torch.ones_like(x) for x in results], [None, torch.ones_like(results[1])]):
-        opcheck(ops.row_mass_backward_op, (*incoming, *plain[:10], *results, *plain[10:], True))
+        library.opcheck(ops.row_mass_backward_op, (*incoming, *plain[:10], *results, *plain[10:], True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", FUSED)
 def test_opcheck_mass_attention(case, backend, device):
     arguments = _arguments(case, device, backend)
-    opcheck(ops.mass_attention_op, arguments)
+    library.opcheck(ops.mass_attention_op, arguments)
     plain = _detached(arguments)
     results = ops.mass_attention_op(*plain)
     incoming = [torch.ones_like(x) for x in results]
     for chosen in (incoming, [None, incoming[1], None]):
-        opcheck(ops.mass_attention_backward_op, (*chosen, *plain[:10], *results, *plain[10:], True))
+        library.opcheck(ops.mass_attention_backward_op, (*chosen, *plain[:10], *results, *plain[10:], True))
 
 
 @pytest.mark.parametrize(
