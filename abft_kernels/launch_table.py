@@ -45,19 +45,17 @@ TABLE: dict[tuple[str, int, int], list[tuple[int, int, Launch]]] = {
         (128, 16, Launch(32, 32, 8, 1)),
     ],
     ("forward", 4, 90): [
-        (64, 2, Launch(64, 32, 8, 1)),
         (64, 16, Launch(32, 32, 8, 1)),
         (128, 2, Launch(32, 32, 8, 1)),
         (128, 16, Launch(16, 32, 8, 1)),
     ],
     ("forward", 4, 100): [
-        (64, 2, Launch(64, 32, 8, 1)),
         (64, 16, Launch(32, 32, 8, 1)),
         (128, 2, Launch(32, 32, 8, 1)),
         (128, 16, Launch(16, 32, 8, 1)),
     ],
     ("backward_kv", 2, 80): [
-        (64, 16, Launch(32, 128, 8, 2)),
+        (64, 16, Launch(32, 64, 8, 2)),
         (128, 2, Launch(64, 64, 8, 1)),
         (128, 16, Launch(32, 32, 8, 1)),
         (256, 2, Launch(32, 32, 8, 1)),
@@ -66,7 +64,7 @@ TABLE: dict[tuple[str, int, int], list[tuple[int, int, Launch]]] = {
     ],
     ("backward_kv", 2, 90): [
         (64, 16, Launch(32, 128, 8, 2)),
-        (128, 2, Launch(32, 128, 8, 2)),
+        (128, 2, Launch(16, 128, 8, 2)),
         (128, 16, Launch(32, 32, 8, 1)),
         (256, 16, Launch(32, 32, 8, 1)),
         (512, 16, Launch(16, 16, 8, 1)),
@@ -110,7 +108,7 @@ TABLE: dict[tuple[str, int, int], list[tuple[int, int, Launch]]] = {
         (64, 16, Launch(128, 64, 8, 3)),
         (128, 16, Launch(128, 64, 8, 2)),
         (256, 16, Launch(64, 32, 8, 2)),
-        (512, 16, Launch(16, 16, 8, 1)),
+        (512, 16, Launch(16, 16, 16, 1)),
     ],
     ("backward_q", 4, 80): [
         (64, 16, Launch(32, 32, 8, 1)),
@@ -154,7 +152,7 @@ TABLE: dict[tuple[str, int, int], list[tuple[int, int, Launch]]] = {
         (64, 16, Launch(32, 64, 8, 2)),
         (128, 2, Launch(16, 64, 8, 2)),
         (128, 16, Launch(16, 16, 4, 1)),
-        (256, 16, Launch(16, 32, 8, 1)),
+        (256, 16, Launch(16, 16, 8, 2)),
         (512, 16, Launch(16, 16, 8, 1)),
     ],
     ("rows", 4, 100): [

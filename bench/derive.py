@@ -3,10 +3,10 @@
     python -m bench.derive --arch 80,90,100 --write        without a GPU: no spills, within shared memory
     python -m bench.derive --measure --write               on a GPU: the fastest, for its architecture alone
 
-A candidate must compile without register spills in the forms of `STRICT`, at 2 groups and, for the entries that serve
-more, at 16; other forms may spill outside of their main loops, and up to `LOOP_SPILLS` instructions inside: a tile
-twice as large is worth more. `--measure` lets the clock judge spills outside of main loops in every form; it times
-candidates through the public operators, all other kernels of the table as they are.
+A candidate must compile without register spills in the forms of `FORMS`, at 2 groups and, for the entries that serve
+more, at 16; those of `FEATURES` may spill outside of their main loops alone. `--measure` leaves spills outside of main
+loops to the clock in every form, and in `FEATURES` up to `LOOP_SPILLS` instructions inside; it times candidates through
+the public operators, all other kernels of the table as they are.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from rich.progress import track
 import abft_kernels
 from abft_kernels.launch import ARCHITECTURES, TABLE, Launch
 from bench.aot import KERNELS, Case, compile_case, problems
-from bench.provenance import provenance, write_json
+from bench.provenance import provenance, write_json, write_text
 
 name = "derive"
 description = "chooses the launch table from its candidates: by the compiler, and with --measure by the clock"
 
 __all__ = ["CANDIDATES", "FORMS", "Key", "choose", "main"]
 
-# Of `bench.aot.VARIANTS`; those that are not here may spill, and are slower for it, not wrong.
-FORMS = {2: ("full", "off", "lean", "ones", "packed", "gemma", "oss"), 16: ("full",)}
-STRICT = ("full", "off")  # padded batches with a causal mask, with the mass and without
+# Of `bench.aot.VARIANTS`; the others may spill, and are slower for it, not wrong.
+FORMS = {2: ("full", "off", "lean", "ones"), 16: ("full",)}
+FEATURES = ("packed", "gemma", "oss")
 LOOP_SPILLS = 4
-_BY_COMPILER = "no register spills in padded causal batches and within shared memory, by the compiler's report"
+_BY_COMPILER = "no register spills and within shared memory by the compiler's report"
 
 # (block_m, block_n, num_warps, num_stages) by kernel, element size and head tile; the best guess first. For Hopper:
 # 128 rows to two warpgroups, deep pipelines; the backward kernels hold two accumulators and take smaller tiles. The
@@ -115,7 +115,7 @@ class Key(NamedTuple):
         tiles = {launch, launch._replace(block_m=16)} if self.table == "rows" else {launch}
         for groups, forms in FORMS.items():
             if groups <= self.groups:
-                for form in forms:
+                for form in (*forms, *(FEATURES if groups == 2 else ())):
                     for kernel in KERNELS[self.table]:
                         for tile in sorted(tiles, reverse=True):
                             yield Case(kernel, self.table, self.arch, dtype, self.head_tile, groups, tile, form)
@@ -126,8 +126,9 @@ def _serves(key: Key, launch: Launch) -> str:
     return next(filter(None, (_refusal(case, compile_case(case)) for case in key.cases(launch))), "")
 
 
-def _refusal(case: Case, row: dict[str, Any], strict: tuple[str, ...] = STRICT) -> str:
-    if case.variant not in strict and "error" not in row and row["loop_spills"] <= LOOP_SPILLS:
+def _refusal(case: Case, row: dict[str, Any], clock: bool = False) -> str:
+    feature = case.variant in FEATURES
+    if (clock or feature) and "error" not in row and row["loop_spills"] <= (LOOP_SPILLS if clock and feature else 0):
         row = row | {"spills": 0, "stack": 0}
     found = problems(row)
     return f"{case.kernel} {case.variant} G{case.groups}: {found[0]}" if found else ""
@@ -151,7 +152,7 @@ Pair = tuple[Key, Launch]
 def passing(pool: Executor, keys: list[Key]) -> tuple[list[Pair], dict[Pair, str]]:
     """Every candidate that the clock may judge, and why the others are refused: all compilations side by side.
 
-    Spills outside of the main loops refuse none here, in whatever form.
+    Spills outside of main loops refuse none here.
     """
     pairs = [(key, Launch(*one)) for key in keys for one in CANDIDATES[key.table, key.element_size][key.head_tile]]
     refused: dict[Pair, str] = {}
@@ -163,7 +164,7 @@ def passing(pool: Executor, keys: list[Key]) -> tuple[list[Pair], dict[Pair, str
         rows = track(pool.map(compile_case, missing), "Compiling", total=len(missing))
         compiled |= zip(missing, rows, strict=True)
         for pair, cases in left.items():
-            if why := next(filter(None, (_refusal(case, compiled[case], ()) for case in cases)), ""):
+            if why := next(filter(None, (_refusal(case, compiled[case], clock=True) for case in cases)), ""):
                 refused[pair] = why
     return [pair for pair in pairs if pair not in refused], refused
 
@@ -372,7 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write:
         everything = tuple(sorted({*ARCHITECTURES, *archs}))
         path = Path(abft_kernels.__file__).parent / "launch_table.py"
-        path.write_text(table_source(chosen, everything, how))
+        write_text(path, table_source(chosen, everything, how))
         print(f"wrote {path}")
     return 0
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from abft.provenance import git, processor
 
-__all__ = ["provenance", "spread", "write_json"]
+__all__ = ["provenance", "spread", "write_json", "write_text"]
 
 
 def provenance(packages: tuple[str, ...] = ("torch", "triton", "transformers")) -> dict[str, Any]:
@@ -49,8 +49,13 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Writes JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Writes the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(text)
     partial.replace(path)

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.plot import draw
 from bench.plot import main as plot
-from bench.suites import exponent
+from bench.suites import Setting, _pytest, exponent
 from bench.targets import verdicts
+from bench.timing import Budget
 from bench.verify import main as verify
 from bench.verify import problems
 
@@ -156,3 +158,21 @@ def test_picture_of_the_training_step(tmp_path):
     """The committed data, drawn."""
     assert plot([str(ROOT / "bench" / "results" / "cpu_training.json"), "--out", str(tmp_path)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["cpu-training.png"]
+
+
+@pytest.mark.parametrize(("alone", "seconds"), [(False, 300), (True, 460)])
+def test_kernel_tests_on_a_card(monkeypatch, alone, seconds):
+    """How they are called, and for how long at the most; a run that takes longer says so."""
+    called = {}
+
+    def run(command, timeout, **_):
+        called.update(command=command, timeout=timeout)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr("bench.suites.subprocess.run", run)
+    row = _pytest(Setting(torch.device("cuda"), Budget(480), tiny=False, alone=alone), workers=16)
+    assert called["timeout"] == pytest.approx(seconds, abs=1)
+    assert row["check"] == "pytest"
+    assert row["ok"] is False
+    assert "not done after" in row["reason"]
+    assert {"tests/kernels", "few", "16"} <= set(called["command"])
