@@ -66,3 +66,9 @@ def test_fused(case, backend, device):
 @pytest.mark.parametrize("case", _cases(ROWS))
 def test_rows(case, backend, device):
     check(Case.parse(case), device, backend)
+
+
+@pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 34, 63, 65])
+def test_windows_that_end_at_a_border_of_tiles(window, device):
+    """Blocks of keys and rows begin and end by the window: each kernel's bounds, one off at a time."""
+    check(Case.parse(f"N130-D16-G2-fp32-causal-oml-w{window}"), device, "triton")
