@@ -41,8 +41,8 @@ test-oldest: $(OLDEST) $(OLDEST_HF)
 	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/kernels \
 		-k "triton and not aot and not opcheck" --hypothesis-profile few
 	PYTHONPATH=$(OLDEST_HF) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q \
-		tests/abft/test_attention.py tests/abft/test_refusals.py tests/abft/test_masses.py tests/abft/test_parameters.py tests/abft/test_packing.py \
-		tests/abft/test_resume.py
+		tests/abft/models/test_attention.py tests/abft/models/test_refusals.py tests/abft/models/test_masses.py \
+		tests/abft/models/test_projections.py tests/abft/training/test_packing.py tests/abft/training/test_resume.py
 
 # Ten times as many drawn cases, other ones every time.
 nightly: install-test

@@ -1,40 +1,42 @@
 """Attention Behavior Fine-Tuning (arXiv 2505.14233) on attention masses, for Hugging Face models.
 
 Names are imported on first use, so that the command line answers at once. The attention implementation `"abft"` is
-registered with transformers by `abft.attention`, which :func:`enable` and everything else here import.
+registered with transformers by `abft.models.attention`, which :func:`enable` and everything else here import.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from abft.attention import enable, is_enabled
-    from abft.config import ABFTConfig
-    from abft.data import Example, load_examples, split_examples
-    from abft.evaluation import Evaluation, evaluate
+    from abft.evaluation.classification import Evaluation, evaluate
+    from abft.evaluation.label_attention import HeadStatistics, head_statistics
+    from abft.evaluation.retrieval import evaluate_targets
     from abft.losses import HeadCountController, abft_loss
-    from abft.masses import attention_mass, layer_masses
-    from abft.prompts import Prompt, PromptBuilder, PromptCollator, sample_prompts
-    from abft.statistics import HeadStatistics, head_statistics
-    from abft.targets import AttentionTarget, TargetCollator, evaluate_targets
-    from abft.tasks import TASKS, Task, Template, get_task
-    from abft.training import ABFTTrainer
-    from abft.weights import from_pretrained, load_trained
+    from abft.models.attention import enable, is_enabled
+    from abft.models.masses import attention_mass, layer_masses
+    from abft.models.weights import from_pretrained, load_trained
+    from abft.prompts.builder import Prompt, PromptBuilder, PromptCollator, sample_prompts
+    from abft.prompts.examples import Example, load_examples, split_examples
+    from abft.prompts.targets import AttentionTarget, TargetCollator
+    from abft.prompts.tasks import TASKS, Task, Template, get_task
+    from abft.training.config import ABFTConfig
+    from abft.training.trainer import ABFTTrainer
     from abft_kernels import __version__
 
 _MODULES = {
-    "abft.attention": ("enable", "is_enabled"),
-    "abft.config": ("ABFTConfig",),
-    "abft.data": ("Example", "load_examples", "split_examples"),
-    "abft.evaluation": ("Evaluation", "evaluate"),
+    "abft.evaluation.classification": ("Evaluation", "evaluate"),
+    "abft.evaluation.label_attention": ("HeadStatistics", "head_statistics"),
+    "abft.evaluation.retrieval": ("evaluate_targets",),
     "abft.losses": ("HeadCountController", "abft_loss"),
-    "abft.masses": ("attention_mass", "layer_masses"),
-    "abft.prompts": ("Prompt", "PromptBuilder", "PromptCollator", "sample_prompts"),
-    "abft.statistics": ("HeadStatistics", "head_statistics"),
-    "abft.targets": ("AttentionTarget", "TargetCollator", "evaluate_targets"),
-    "abft.tasks": ("TASKS", "Task", "Template", "get_task"),
-    "abft.training": ("ABFTTrainer",),
-    "abft.weights": ("from_pretrained", "load_trained"),
+    "abft.models.attention": ("enable", "is_enabled"),
+    "abft.models.masses": ("attention_mass", "layer_masses"),
+    "abft.models.weights": ("from_pretrained", "load_trained"),
+    "abft.prompts.builder": ("Prompt", "PromptBuilder", "PromptCollator", "sample_prompts"),
+    "abft.prompts.examples": ("Example", "load_examples", "split_examples"),
+    "abft.prompts.targets": ("AttentionTarget", "TargetCollator"),
+    "abft.prompts.tasks": ("TASKS", "Task", "Template", "get_task"),
+    "abft.training.config": ("ABFTConfig",),
+    "abft.training.trainer": ("ABFTTrainer",),
     "abft_kernels": ("__version__",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

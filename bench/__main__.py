@@ -11,12 +11,18 @@ import json
 import sys
 from pathlib import Path
 
-CASES = ("memory", "training", "evaluation", "precision", "aot")
+CASES = {
+    "memory": "bench.cases.memory",
+    "training": "bench.cases.training_step",
+    "evaluation": "bench.cases.evaluation_pass",
+    "precision": "bench.cases.precision",
+    "aot": "bench.compile.aot",
+}
 GPU_SUITES = ("correctness", "kernels", "rows", "memory", "training", "flex", "precision")
 
 
 def _gpu(options: argparse.Namespace) -> int:
-    from bench.gpu import collect
+    from bench.gpu.collect import collect
     from bench.verify import problems
 
     try:
@@ -28,7 +34,7 @@ def _gpu(options: argparse.Namespace) -> int:
         return 1
     result = json.loads(path.read_text())
     if not options.dry_run:
-        from bench.targets import print_verdicts
+        from bench.gpu.goals import print_verdicts
 
         print_verdicts(result)
     found = problems(result, allow_dirty=True)
@@ -54,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}, and --gpu")
     for case in options.cases or CASES:
-        module = importlib.import_module(f"bench.{case}")
+        module = importlib.import_module(CASES[case])
         if options.cases:
             print(f"wrote {module.run(options.out)}")
         else:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.targets import print_verdicts
+from bench.gpu.goals import print_verdicts
 from bench.verify import problems
 
 __all__ = ["draw", "draw_training", "main"]

@@ -19,9 +19,9 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from abft.attention import transformer_of
-from abft.batching import evaluation_mode
-from abft.masses import layer_masses
+from abft.evaluation.batching import evaluation_mode
+from abft.models.attention import transformer_of
+from abft.models.masses import layer_masses
 from abft_kernels.validation import MAX_GROUPS
 
 __all__ = ["HeadScores", "induction_scores", "retrieval_scores"]

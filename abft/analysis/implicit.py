@@ -21,14 +21,14 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from abft.analysis.key_value import KeyValueUpdate, attention_modules, find_kv
-from abft.attention import is_enabled
-from abft.batching import evaluation_mode, length_sorted_batches
-from abft.data import Example
-from abft.evaluation import evaluate, label_logits
-from abft.masses import forward
-from abft.momentum import check_momentum
-from abft.prompts import Prompt, PromptBuilder, PromptCollator
+from abft.evaluation.batching import evaluation_mode, length_sorted_batches
+from abft.evaluation.classification import evaluate, label_logits
+from abft.models.attention import is_enabled
+from abft.models.masses import forward
+from abft.models.momentum import check_momentum
+from abft.models.projections import KeyValueUpdate, attention_modules, find_kv
+from abft.prompts.builder import Prompt, PromptBuilder, PromptCollator
+from abft.prompts.examples import Example
 
 __all__ = ["ImplicitFineTuning", "MomentumGain", "compare_with_fine_tuning", "fine_tune", "momentum_gain"]
 
@@ -186,8 +186,8 @@ def compare_with_fine_tuning(
 
     Raises:
         ValueError: no queries, a model on another attention, logits that are not finite, or as :func:`fine_tune`.
-        NotImplementedError: as there, as :func:`abft.evaluation.label_logits`, or a layer's attention does not come
-            through transformers' attention interface.
+        NotImplementedError: as there, as :func:`abft.evaluation.classification.label_logits`, or a layer's
+            attention does not come through transformers' attention interface.
     """
     if not is_enabled(model):
         raise ValueError("the model runs on another attention than 'abft'; call abft.enable(model) first")

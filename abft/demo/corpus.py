@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from abft.data import Example, split_examples
-from abft.tasks import Task, Template
+from abft.prompts.examples import Example, split_examples
+from abft.prompts.tasks import Task, Template
 
 
 def _words(words: str) -> tuple[str, ...]:

@@ -14,16 +14,17 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from abft.attention import ATTENTION
 from abft.demo.corpus import DEMO_K, DEMO_TASK, demo_splits
-from abft.doctor import versions
-from abft.evaluation import evaluate
-from abft.progress import TrainingProgress
-from abft.prompts import Prompt, PromptBuilder, sample_prompts
-from abft.report import accuracy_figure, head_figure, metrics_table, save_figure, training_figure
-from abft.statistics import HeadStatistics, head_statistics
-from abft.training import ABFTConfig, ABFTTrainer
-from abft.weights import write_json
+from abft.evaluation.classification import evaluate
+from abft.evaluation.label_attention import HeadStatistics, head_statistics
+from abft.files import save_figure, write_json
+from abft.models.attention import ATTENTION
+from abft.plots import accuracy_figure, head_figure, metrics_table, training_figure
+from abft.prompts.builder import Prompt, PromptBuilder, sample_prompts
+from abft.provenance import versions
+from abft.training.config import ABFTConfig
+from abft.training.progress import TrainingProgress
+from abft.training.trainer import ABFTTrainer
 
 __all__ = ["MODEL", "DemoSettings", "run_demo"]
 

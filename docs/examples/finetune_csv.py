@@ -12,7 +12,8 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import abft
-from abft.report import head_figure, save_figure
+from abft.files import save_figure
+from abft.plots import head_figure
 
 
 def main() -> None:

@@ -27,10 +27,10 @@ from transformers.trainer_callback import PrinterCallback
 
 import abft
 from abft.demo.run import MODEL
-from abft.doctor import versions
-from abft.report import BLUE, GREY, ORANGE, save_figure
-from abft.targets import TargetEvaluation
-from abft.weights import write_json
+from abft.evaluation.retrieval import TargetEvaluation
+from abft.files import save_figure, write_json
+from abft.plots import BLUE, GREY, ORANGE
+from abft.provenance import versions
 
 BOS = 1
 STYLES = {"vanilla": (GREY, "s--"), "E2E": (ORANGE, "^-."), "targets": (BLUE, "o-")}

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import abft
-from abft.attention import ATTENTION
-from abft.plan import GIB, plan
+from abft.models.attention import ATTENTION
+from abft.training.plan import GIB, plan
 
 
 def main() -> None:

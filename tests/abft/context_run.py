@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from tiny_models import tiny
 
-from abft.attention import enable
-from abft.masses import layer_masses
-from abft.parameters import train_qk
+from abft.models.attention import enable
+from abft.models.masses import layer_masses
+from abft.models.projections import train_qk
 
 
 def main(folder: Path) -> None:

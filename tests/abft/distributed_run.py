@@ -14,7 +14,8 @@ from tiny_models import tiny
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from abft.training import ABFTConfig, ABFTTrainer
+from abft.training.config import ABFTConfig
+from abft.training.trainer import ABFTTrainer
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)

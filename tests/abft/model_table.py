@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tiny_models import SERVED, tiny
 
-from abft.parameters import find_qk, lora_qk
+from abft.models.projections import find_qk, lora_qk
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 START, END = "<!-- models: made by tests/abft/model_table.py -->\n", "<!-- end of models -->\n"

@@ -6,7 +6,7 @@ import transformers
 from packaging.version import Version
 from tiny_models import SERVED, packed, padded, random_prompts
 
-from abft.masses import forward_with_mass
+from abft.models.masses import forward_with_mass
 from abft_kernels.triton.common import INTERPRETED
 
 TRITON_RUNS = INTERPRETED or torch.cuda.is_available()

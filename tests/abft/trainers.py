@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from abft.training import ABFTConfig, ABFTTrainer
+from abft.training.config import ABFTConfig
+from abft.training.trainer import ABFTTrainer
 
 LABEL_LOOKERS: dict[str, Any] = {"spread": 0.7}  # random models with heads on both sides of the filter's threshold
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import abft_kernels
-from bench.competitors import recomputed_row
+from bench.gpu.competitors import recomputed_row
 
 TOKENS = (512, 2048)
 

@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[2]
 def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("aot") / "aot.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # Each entry with its largest number of groups; `python -m bench.aot --variants` does the rest.
+    # Each entry with its largest number of groups; `python -m bench.compile.aot --variants` does the rest.
     done = subprocess.run(
-        [sys.executable, "-m", "bench.aot", "--brief", "--arch", "80,90,100", "--groups", "2,16", "--json", str(path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "bench.compile.aot", "--brief", "--arch", "80,90,100", "--groups", "2,16",
+         "--json", str(path)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert path.exists(), done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(path.read_text())["rows"]

@@ -1,1 +1,0 @@
-"""The paper's evaluation: StaICC's tasks and tests, and experiments made of them."""

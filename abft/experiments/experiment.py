@@ -1,0 +1,375 @@
+"""Experiments: methods × tasks × training sizes × seeds, each trained and tested once, and gone on with if interrupted.
+
+    runs/abft-SST2-n512-seed0/run.json      results, training history, provenance
+    runs/abft-SST2-n512-seed0/weights/      what was trained, with a model card
+    experiment.json                         the settings, and which runs there are
+
+What `abft.experiments.report` shows is read from these files alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import resource
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from abft.demo.corpus import DEMO_TASKS, demo_splits
+from abft.demo.run import MODEL as DEMO_MODEL
+from abft.evaluation.staicc import TaskData, load_task_data, staicc_task, staicc_task_data
+from abft.evaluation.suites import CALIBRATION, TaskSuite, check_tests
+from abft.experiments.card import write_card
+from abft.experiments.methods import METHODS, Method, resolve_methods
+from abft.experiments.runs import EXPERIMENT, FORMAT_VERSION, Run, RunKey, check_writable, read_experiment, read_run
+from abft.files import write_json
+from abft.models.loading import context_of, default_device, load_base, load_tokenizer, loading_arguments
+from abft.models.weights import from_pretrained
+from abft.prompts.builder import Prompt, sample_prompts
+from abft.prompts.tasks import get_task
+from abft.provenance import provenance
+from abft.training.config import ABFTConfig
+from abft.training.progress import TrainingProgress
+from abft.training.trainer import ABFTTrainer, last_complete_checkpoint
+
+__all__ = ["PAPER_TASKS", "Experiment", "ExperimentOptions"]
+
+PAPER_TASKS = ("SST2", "MR", "FP", "SST5", "TREC", "SUBJ", "TEE", "TEH")
+"""The eight of arXiv 2505.14233's tables."""
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(kw_only=True)
+class ExperimentOptions:
+    """Methods × tasks × training sizes × seeds: train, test, and report."""
+
+    model: str = field(metadata=_help("base model: a local folder, a name on the Hub, or demo for the built-in one"))
+    output_dir: str = field(metadata=_help("folder of the runs; what it already holds is kept and gone on with"))
+    data: str = field(
+        default="staicc",
+        metadata=_help(
+            "staicc (the extra abft[staicc]), demo, or a folder with a TASK.jsonl or TASK.csv for each task"
+        ),
+    )
+    tasks: list[str] = field(default_factory=list, metadata=_help("names or indices; default: the paper's eight"))
+    methods: list[str] = field(
+        default_factory=lambda: ["paper"], metadata=_help(f"some of {', '.join(METHODS)}; or paper, ablation")
+    )
+    tests: list[str] = field(
+        default_factory=lambda: ["Normal"],
+        metadata=_help("Normal, TempSensitivity, DemoSensitivity, GLER, Bias, Unseen"),
+    )
+    train_tasks: list[str] = field(default_factory=list, metadata=_help("those of the tasks to train on; default: all"))
+    test_trained: bool = field(default=True, metadata=_help("test what was trained"))
+    generalization: bool = field(default=False, metadata=_help("test what was trained on one task on all of them"))
+    k: int = field(default=4, metadata=_help("demonstrations per prompt"))
+    num_prompts: list[int] = field(
+        default_factory=lambda: [512], metadata=_help("training prompts; several make a data-efficiency curve")
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata=_help("training seeds"))
+    limit: int | None = field(default=None, metadata=_help("queries per test, at most; default: all, as published"))
+    published_order: bool = field(
+        default=False, metadata=_help("the files hold the data sets as published: bring them into StaICC's order")
+    )
+    staicc_compat: bool = field(default=False, metadata=_help("reproduce StaICC 0.1.1's own numbers, faults included"))
+    staicc_labels: bool = field(default=False, metadata=_help("StaICC 0.1.1's words for SUBJ, false and true"))
+    learning_rate: float | None = field(default=None, metadata=_help("default: 2e-5 (full), 1e-4 (LoRA)"))
+    num_train_epochs: float = field(default=2, metadata=_help("passes over the training prompts"))
+    pseudo_batch_size: int = field(default=32, metadata=_help("prompts averaged for one optimizer step"))
+    batch_size: int = field(default=8, metadata=_help("training prompts per pass"))
+    eval_batch_size: int = field(default=32, metadata=_help("test prompts per pass"))
+    wrong_penalty: float = field(default=0.5, metadata=_help("A"))
+    correct_award: float = field(default=1.0, metadata=_help("B"))
+    adaption: str = field(default="PID", metadata=_help("what steers A: PID, P or none"))
+    pid_proportional: float = field(default=0.03, metadata=_help("Cp"))
+    pid_integral: float = field(default=0.005, metadata=_help("Ci"))
+    pid_derivative: float = field(default=0.005, metadata=_help("Cd"))
+    restricted_gradient: bool = field(default=False, metadata=_help("a head's loss trains its own layer alone"))
+    lora: bool = field(default=False, metadata=_help("train LoRA adapters instead of W_Q and W_K"))
+    lora_r: int = field(default=16, metadata=_help("rank of LoRA"))
+    load_in_4bit: bool = field(default=False, metadata=_help("the base in 4-bit NF4; with --lora True"))
+    dtype: str = field(
+        default="auto", metadata=_help("float32, bfloat16 or float16; auto: float32, with LoRA the model's own")
+    )
+    keep_weights: bool = field(default=True, metadata=_help("keep what was trained; else only the results"))
+    quiet: bool = field(default=False, metadata=_help("no progress bars"))
+
+
+# What a run's results do not depend on, or what its key says.
+_NOT_SETTINGS = {"output_dir", "tasks", "train_tasks", "test_trained", "methods", "tests", "generalization",
+                 "num_prompts", "seeds", "eval_batch_size", "keep_weights", "quiet"}  # fmt: skip
+
+
+class Experiment:
+    """Checks everything, then runs what is not done yet.
+
+    Args:
+        options: of the experiment.
+
+    Raises:
+        ValueError, OSError: an option, a task, its data or the folder is not fit; nothing has been run or written then.
+    """
+
+    def __init__(self, options: ExperimentOptions) -> None:
+        self.options = options
+        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise ValueError(
+                f"an experiment runs in one process, here are {processes}; train with `torchrun … abft train` and "
+                "compare with `abft eval`, or run one experiment per GPU with other --train_tasks"
+            )
+        self.methods = resolve_methods(options.methods)
+        check_tests(options.tests)
+        if options.load_in_4bit and not options.lora:
+            raise ValueError("--load_in_4bit freezes W_Q and W_K: train adapters on them with --lora True")
+        for name, values in (("seeds", options.seeds), ("num_prompts", options.num_prompts)):
+            if not values or len(set(values)) != len(values) or (name == "num_prompts" and min(values) < 1):
+                raise ValueError(f"{name} must be one or more different numbers (of prompts: above 0), got {values}")
+        if options.limit is not None and options.limit < 1:
+            raise ValueError(f"limit must be 1 or more, got {options.limit}")
+        if options.staicc_compat and set(options.tests) - {"Normal"}:
+            raise ValueError("staicc_compat reproduces StaICC's Normal test alone; give --tests Normal")
+        if options.staicc_compat and any(method.name == "calibration" for method in self.methods):
+            raise ValueError("staicc_compat reproduces the uncalibrated test; leave out the method calibration")
+        self.model = str(DEMO_MODEL) if options.model == "demo" else options.model
+        loading_arguments(options.dtype, options.load_in_4bit)
+        for method in self.methods:
+            if method.trained:
+                self._config(method, Path(options.output_dir), 0)
+        self.data = {data.task.name: data for data in self._task_data()}
+        for data in self.data.values():
+            if any(method.trained for method in self.methods) and max(options.num_prompts) > len(data.train):
+                raise ValueError(
+                    f"num_prompts={max(options.num_prompts)}, but task {data.task.name} has {len(data.train)} examples "
+                    "to train on; lower it"
+                )
+            if not 0 <= options.k <= min(len(data.demonstrations), len(data.train) - 1):
+                raise ValueError(
+                    f"k={options.k} is beyond the pools of task {data.task.name}: {len(data.train)} examples to train "
+                    f"on and {len(data.demonstrations)} demonstrations; lower k"
+                )
+        tokenizer = load_tokenizer(self.model)
+        length = context_of(AutoConfig.from_pretrained(self.model))
+        self.suites = {
+            name: TaskSuite(data, tokenizer, options.k, length, options.limit, options.staicc_compat)
+            for name, data in self.data.items()
+        }
+        self.keys = self._run_keys()
+        for (
+            suite
+        ) in self.suites.values():  # labels that this tokenizer cannot tell apart, or too long prompts, show now
+            _ = suite.normal
+        for key in {(key.task, key.num_prompts, key.seed): key for key in self.keys if key.num_prompts}.values():
+            self._training_prompts(key)
+        self.settings = {name: value for name, value in asdict(options).items() if name not in _NOT_SETTINGS}
+        self.output = check_writable(options.output_dir)
+        for key in self.keys:
+            self._stored(key)
+
+    def _task_data(self) -> list[TaskData]:
+        options = self.options
+        if options.data == "demo":
+            by_name = {task.name: task for task in DEMO_TASKS}
+            if unknown := [name for name in options.tasks if name not in by_name]:
+                raise ValueError(f"the demo has no task {unknown[0]!r}; it has {', '.join(by_name)}")
+            chosen = [by_name[name] for name in options.tasks] or list(DEMO_TASKS)
+            splits = [demo_splits(task=task, train=1024, demonstrations=2048, test=512) for task in chosen]
+            return [
+                TaskData(task, split.train, split.demonstrations, split.test)
+                for task, split in zip(chosen, splits, strict=True)
+            ]
+        names = options.tasks or list(PAPER_TASKS)
+        if options.data == "staicc":
+            own = staicc_task if options.staicc_compat or options.staicc_labels else get_task
+            return [staicc_task_data(own(int(name) if name.isdigit() else name)) for name in names]
+        if not Path(options.data).is_dir():
+            raise ValueError(f"--data {options.data!r} is neither staicc, nor demo, nor a folder")
+        return [load_task_data(name, options.data, shuffle=options.published_order) for name in names]
+
+    def _run_keys(self) -> list[RunKey]:
+        """Every run, the untrained model's first."""
+        keys = [RunKey("vanilla", task) for task in self.data] if any(not m.trained for m in self.methods) else []
+        return keys + [
+            RunKey(method.name, task, n, seed)
+            for task in self._train_tasks()
+            for n in self.options.num_prompts
+            for seed in self.options.seeds
+            for method in self.methods
+            if method.trained
+        ]
+
+    def _train_tasks(self) -> list[str]:
+        by_name = {str(alias).lower(): data.task.name for data in self.data.values() for alias in
+                   (data.task.name, data.task.index)}  # fmt: skip
+        if unknown := [name for name in self.options.train_tasks if name.lower() not in by_name]:
+            raise ValueError(f"train_tasks names {unknown[0]!r}, which is none of the tasks {', '.join(self.data)}")
+        return [by_name[name.lower()] for name in self.options.train_tasks] or list(self.data)
+
+    def _tests(self, key: RunKey) -> dict[str, list[str]]:
+        """Task → tests that the run is to have."""
+        untrained = not METHODS[key.method].trained
+        if not untrained and not self.options.test_trained:
+            return {key.task: []}
+        calibrated = untrained and any(method.name == "calibration" for method in self.methods)
+        own = self.options.tests + ([CALIBRATION] if calibrated else [])
+        wanted = {key.task: own}
+        if self.options.generalization and not untrained:
+            wanted = {task: own if task == key.task else ["Normal"] for task in self.data}
+        return wanted
+
+    def _stored(self, key: RunKey) -> Run | None:
+        found = read_run(self.output / "runs" / key.folder)
+        if found is None:
+            return None
+        differing = [name for name, value in self.settings.items() if found.settings.get(name) != value]
+        if differing or found.key != key:
+            what = differing[0] if differing else "key"
+            raise ValueError(
+                f"{self.output / 'runs' / key.folder} was made with {what}={found.settings.get(what)!r}, now it is "
+                f"{self.settings.get(what)!r}; choose another --output_dir"
+            )
+        return found
+
+    def run(self) -> list[Run]:
+        """Trains and tests what is missing; the runs in their order."""
+        console = Console()
+        content: dict[str, Any] = {
+            "format_version": FORMAT_VERSION, "settings": self.settings, "tasks": list(self.data),
+            "labels": {name: list(data.task.labels) for name, data in self.data.items()},
+            "methods": [method.name for method in self.methods], "seeds": self.options.seeds,
+            "num_prompts": self.options.num_prompts, "tests": self.options.tests,
+            "runs": [vars(key) for key in self.keys],
+        }  # fmt: skip
+        if (self.output / EXPERIMENT).is_file():  # what earlier commands ran in this folder stays part of it
+            earlier, _ = read_experiment(self.output)
+            for name in ("tasks", "methods", "seeds", "num_prompts", "tests", "runs"):
+                content[name] = [*earlier[name], *(item for item in content[name] if item not in earlier[name])]
+            content["labels"] = {**earlier["labels"], **content["labels"]}
+        write_json(self.output / EXPERIMENT, content)
+        for name, data in self.data.items():
+            sizes = [len(part) for part in (data.train, data.demonstrations, data.queries)]
+            console.print("{}: {:,} to train on, {:,} demonstrations, {:,} queries".format(name, *sizes))
+        runs = []
+        for number, key in enumerate(self.keys, 1):
+            label = f"[{number}/{len(self.keys)}] {METHODS[key.method].title}, {key.task}"
+            label += f", {key.num_prompts} prompts, seed {key.seed}" if key.num_prompts else ""
+            run = self._one(key, label)
+            accuracy = run.tests.get(key.task, {}).get("Normal", {}).get("accuracy")
+            console.print(label + ("" if accuracy is None else f": accuracy {accuracy:.1%}"), highlight=False)
+            runs.append(run)
+        return runs
+
+    def _one(self, key: RunKey, label: str) -> Run:
+        folder = self.output / "runs" / key.folder
+        run = self._stored(key) or Run(key, self.settings)
+        wanted = {
+            task: missing
+            for task, tests in self._tests(key).items()
+            if (missing := [test for test in tests if test not in run.tests.get(task, {})])
+        }
+        trained = METHODS[key.method].trained
+        if not wanted and (run.training is not None or not trained):
+            return run
+        _reset_peak_memory()
+        if trained and run.training is None:
+            model, run.training = self._train(key, folder, label)
+            run.provenance = provenance()
+            run.write(folder)
+        elif trained:
+            if not (folder / "weights").is_dir():
+                raise ValueError(f"{folder} keeps no weights to test anew; delete the folder to train again")
+            model = from_pretrained(folder / "weights", self.model, **self.loading())
+        else:
+            model = load_base(self.model, dtype=self._training_dtype(), load_in_4bit=self.options.load_in_4bit)
+        if not self.options.load_in_4bit:
+            model = model.to(default_device())
+        started = time.perf_counter()
+        for task, tests in wanted.items():
+            found = self.suites[task].run(
+                model, tests, batch_size=self.options.eval_batch_size, progress=not self.options.quiet
+            )
+            run.tests[task] = {**run.tests.get(task, {}), **found}
+        run.provenance = {
+            **provenance(), "evaluation_seconds": time.perf_counter() - started, "peak_memory_bytes": _peak_memory(),
+        }  # fmt: skip
+        run.write(folder)
+        if trained and self.options.keep_weights:
+            write_card(folder / "weights", run, self.options.model)
+        elif trained:
+            shutil.rmtree(folder / "weights", ignore_errors=True)
+        shutil.rmtree(folder / "training", ignore_errors=True)  # checkpoints, needed no more
+        del model
+        gc.collect()
+        return run
+
+    def loading(self) -> dict[str, Any]:
+        """How the trained models are loaded."""
+        return loading_arguments(self._training_dtype(), self.options.load_in_4bit)
+
+    def _training_dtype(self) -> str:
+        full = self.options.dtype == "auto" and not self.options.lora
+        return "float32" if full else self.options.dtype  # bfloat16 would round most of the updates away
+
+    def _config(self, method: Method, folder: Path, seed: int) -> ABFTConfig:
+        options = self.options
+        shared = {
+            name: getattr(options, name)
+            for name in ("learning_rate", "num_train_epochs", "pseudo_batch_size", "wrong_penalty", "correct_award",
+                         "adaption", "pid_proportional", "pid_integral", "pid_derivative", "restricted_gradient",
+                         "lora", "lora_r")
+        }  # fmt: skip
+        return ABFTConfig(
+            output_dir=str(folder), seed=seed, per_device_train_batch_size=options.batch_size, save_total_limit=1,
+            disable_tqdm=True, **{**shared, **(method.options or {})},
+        )  # fmt: skip
+
+    def _training_prompts(self, key: RunKey) -> list[Prompt]:
+        train = self.data[key.task].train
+        queries = random.Random(key.seed).sample(train, key.num_prompts)
+        return sample_prompts(self.suites[key.task].builder, queries, train, self.options.k, key.seed)
+
+    def _train(self, key: RunKey, folder: Path, label: str) -> tuple[Any, dict[str, Any]]:
+        """The trained model, saved, and what training was like."""
+        model = load_base(self.model, dtype=self._training_dtype(), load_in_4bit=self.options.load_in_4bit)
+        config = self._config(METHODS[key.method], folder / "training", key.seed)
+        bar = TrainingProgress(label, enabled=not self.options.quiet)
+        trainer = ABFTTrainer(
+            model, config, self._training_prompts(key), self.suites[key.task].builder, callbacks=[bar]
+        )  # fmt: skip
+        for noisy in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(noisy)
+        checkpoint = last_complete_checkpoint(folder / "training")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(str(folder / "weights"))
+        history = trainer.state.log_history
+        summary = next(entry for entry in reversed(history) if "train_runtime" in entry)
+        return trainer.model, {
+            "seconds": summary["train_runtime"],
+            "resumed": checkpoint is not None,
+            "steps": trainer.state.global_step,
+            "peak_memory_bytes": _peak_memory(),
+            "history": [entry for entry in history if "loss" in entry],
+        }
+
+
+def _reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU since the last reset, or of the whole process since it began."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,279 @@
+"""The paper's figures from an experiment's runs; readable in print and by colour-blind readers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from abft.experiments.methods import METHODS
+from abft.experiments.results import Results, accuracy
+from abft.plots import BLUE, GREEN, GREY, ORANGE, new_figure, training_figure
+
+__all__ = ["all_figures", "analysis_figures", "head_scores_figure"]
+
+PURPLE, SKY = "#CC79A7", "#56B4E9"
+_STYLES = {
+    "vanilla": (GREY, "", "--", "s"), "calibration": (SKY, "xx", "--", "D"), "abft": (BLUE, "", "-", "o"),
+    "e2e": (ORANGE, "//", "-.", "^"), "no_pid": (GREEN, "..", ":", "v"), "no_pid_no_filter": (SKY, "++", ":", "<"),
+    "a0": (PURPLE, "\\\\", ":", ">"), "b0": ("#D55E00", "--", ":", "P"), "restricted": ("#F0E442", "oo", "-", "*"),
+}  # fmt: skip
+
+
+def all_figures(results: Results) -> dict[str, tuple[Figure, str]]:
+    """Name → figure and its caption, for those that the runs have data for."""
+    makers = (accuracy_bars, label_attention, training_course, generalization, data_efficiency, label_errors)
+    return {name: found for make in makers for name, found in make(results).items()}
+
+
+def accuracy_bars(results: Results) -> dict[str, tuple[Figure, str]]:
+    """Accuracy by task and method, with one standard error over seeds."""
+    methods = [name for name in results.methods if results.average(name, accuracy)[0] is not None]
+    if not methods:
+        return {}
+    figure, axes = new_figure(max(4.5, 1.2 + 0.24 * len(methods) * (len(results.tasks) + 1)), 3.0)
+    groups = [*results.tasks, "average"]
+    width = 0.8 / len(methods)
+    for index, name in enumerate(methods):
+        cells = [results.summary(name, task, accuracy) for task in results.tasks]
+        cells.append(results.average(name, accuracy))
+        heights = [100 * (mean or 0) for mean, _ in cells]
+        errors = [100 * (error or 0) for _, error in cells]
+        color, hatch = _STYLES[name][:2]
+        x = np.arange(len(groups)) + (index - (len(methods) - 1) / 2) * width
+        axes.bar(
+            x, heights, width, yerr=errors, color=color, hatch=hatch, edgecolor="white", label=METHODS[name].title,
+            error_kw={"elinewidth": 0.8},
+        )  # fmt: skip
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel("accuracy, %")
+    axes.set_ylim(0, 100)
+    _legend_above(axes, len(methods))
+    return {"accuracy": (figure, "In-context accuracy by task; bars: one standard error over training seeds.")}
+
+
+def label_attention(results: Results) -> dict[str, tuple[Figure, str]]:
+    """Attention on label tokens and on correct ones by layer, before and after (paper, Fig. 4)."""
+    trained = [name for name in ("abft", "e2e") if name in results.methods]
+    curves: dict[str, dict[str, np.ndarray]] = {}
+    for name in ("vanilla", *trained):
+        found = [
+            run.tests[task]["heads"]
+            for task in results.tasks
+            for run in results.of(name, task)
+            if "heads" in run.tests.get(task, {})
+        ]
+        if found:
+            correct, wrong = (
+                np.mean([np.asarray(x[part]).mean(axis=1) for x in found], axis=0)
+                for part in ("mass_correct", "mass_wrong")
+            )
+            curves[name] = {"all labels": correct + wrong, "correct labels": correct}
+    if len(curves) < 2:
+        return {}
+    figure, axes = new_figure(6.6, 2.9, 2)
+    for axis, part in zip(axes, ("all labels", "correct labels"), strict=True):
+        for name, parts in curves.items():
+            color, _, line, marker = _STYLES[name]
+            axis.plot(range(len(parts[part])), parts[part], line, marker=marker, color=color, label=METHODS[name].title)
+        axis.set_title(f"on {part}", fontsize=10)
+        axis.set_xlabel("layer")
+        axis.set_ylim(bottom=0)
+        if len(parts[part]) <= 12:
+            axis.set_xticks(range(len(parts[part])))
+    axes[0].set_ylabel("last token's attention")
+    axes[0].legend(frameon=False, fontsize=8)
+    caption = "Attention of the last token on the demonstrations' label tokens, mean over heads, tasks and seeds."
+    return {"label-attention": (figure, caption)}
+
+
+def training_course(results: Results) -> dict[str, tuple[Figure, str]]:
+    """Induction heads and A over training (paper, Fig. 5), of the first ABFT run."""
+    for task in results.tasks:
+        for run in results.of("abft", task):
+            if run.training and run.training["history"]:
+                caption = (
+                    f"Training with ABFT on {task}, seed {run.key.seed}: loss, attention of induction heads, their "
+                )
+                return {"training": (training_figure(run.training["history"]), caption + "number and the penalty A.")}
+    return {}
+
+
+def generalization(results: Results) -> dict[str, tuple[Figure, str]]:
+    """Accuracy on every task after training on one, as the difference from the untrained model."""
+    tasks = results.tasks
+    shown = {}
+    for name in ("abft", "e2e"):
+        means: Any = [[results.summary(name, a, accuracy, tested_on=b)[0] for b in tasks] for a in tasks]
+        base: Any = [results.summary("vanilla", b, accuracy)[0] for b in tasks]
+        if len(tasks) > 1 and all(mean is not None for row in [*means, base] for mean in row):
+            shown[name] = 100 * (np.array(means, dtype=float) - np.array(base, dtype=float))
+    if not shown:
+        return {}
+    side = 0.62 * len(tasks)
+    figure, axes = new_figure(max(3.4, side + 1.6) * len(shown), side + 1.5, len(shown), squeeze=False, sharey=True)
+    limit = max(1.0, max(float(np.abs(values).max()) for values in shown.values()))
+    for axis, (name, values) in zip(axes[0], shown.items(), strict=True):
+        image = axis.imshow(values, vmin=-limit, vmax=limit, cmap="PuOr_r")
+        for (row, column), value in np.ndenumerate(values):
+            dark = abs(value) > 0.6 * limit
+            axis.text(column, row, f"{value:+.0f}", ha="center", va="center", fontsize=8,
+                      color="white" if dark else "black")  # fmt: skip
+        axis.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right")
+        axis.set_yticks(range(len(tasks)), tasks)
+        axis.set_title(METHODS[name].title, fontsize=10)
+        axis.set_xlabel("tested on")
+    axes[0][0].set_ylabel("trained on")
+    figure.colorbar(image, ax=axes, label="accuracy less untrained, points")
+    return {"generalization": (figure, "Accuracy gained and lost on each task (columns) by training on one (rows).")}
+
+
+def data_efficiency(results: Results) -> dict[str, tuple[Figure, str]]:
+    """Average accuracy by the number of training prompts."""
+    if len(results.sizes) < 2:
+        return {}
+    figure, axes = new_figure(4.6, 3.3)
+    for name in results.methods:
+        color, _, line, marker = _STYLES[name]
+        if not METHODS[name].trained:
+            mean, _ = results.average(name, accuracy)
+            if mean is not None:
+                axes.axhline(100 * mean, color=color, linestyle=line, label=METHODS[name].title)
+            continue
+        cells = [(size, *results.average(name, accuracy, num_prompts=size)) for size in results.sizes]
+        known = [(size, 100 * mean, 100 * (error or 0)) for size, mean, error in cells if mean is not None]
+        if len(known) > 1:
+            x, y, errors = zip(*known, strict=True)
+            axes.errorbar(
+                x, y, errors, color=color, linestyle=line, marker=marker, capsize=2, label=METHODS[name].title
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(results.sizes, [f"{size:,}" for size in results.sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("training prompts")
+    axes.set_ylabel("accuracy, %")
+    _legend_above(axes, 2)
+    return {
+        "data-efficiency": (figure, "Average accuracy by the number of training prompts; bars: one standard error.")
+    }
+
+
+def label_errors(results: Results) -> dict[str, tuple[Figure, str]]:
+    """Accuracy by the share of correct labels among the demonstrations (GLER)."""
+    curves = {}
+    for name in results.methods:
+        found = [
+            run.tests[task]["GLER"]
+            for task in results.tasks
+            for run in results.of(name, task)
+            if name != "calibration" and "GLER" in run.tests.get(task, {})
+        ]
+        if found:
+            curves[name] = (found[0]["correct_label_shares"], np.mean([x["accuracy"] for x in found], axis=0))
+    if not curves:
+        return {}
+    figure, axes = new_figure(4.2, 2.9)
+    for name, (shares, means) in curves.items():
+        color, _, line, marker = _STYLES[name]
+        axes.plot(100 * np.array(shares), 100 * means, line, marker=marker, color=color, label=METHODS[name].title)
+    axes.set_xlabel("demonstrations with a correct label, %")
+    axes.set_ylabel("accuracy, %")
+    axes.legend(frameon=False, fontsize=8)
+    return {"label-errors": (figure, "Accuracy with wrong labels among the demonstrations, mean over tasks and seeds.")}
+
+
+def _legend_above(axes: Any, entries: int) -> None:
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(entries, 4), frameon=False, fontsize=8)
+
+
+def analysis_figures(parts: dict[str, Any]) -> dict[str, tuple[Figure, str]]:
+    """Figures of what `abft analyze` found: name → figure and caption."""
+    makers = {"distance": _distance, "connectivity": _connectivity, "induction": _induction, "implicit": _implicit}
+    return {name: make(parts[name]) for name, make in makers.items() if name in parts}
+
+
+def _distance(values: dict[str, list[float]]) -> tuple[Figure, str]:
+    figure, axes = new_figure(4.2, 2.8)
+    for name, layers in values.items():
+        color, _, line, marker = _STYLES[name]
+        axes.plot(range(len(layers)), layers, line, marker=marker, color=color, label=METHODS[name].title)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("‖ΔW‖ / ‖W‖")
+    axes.set_ylim(bottom=0)
+    if len(layers) <= 12:
+        axes.set_xticks(range(len(layers)))
+    axes.legend(frameon=False, fontsize=8)
+    return figure, "How far training moved W_Q and W_K, by layer (relative Frobenius norm)."
+
+
+def _connectivity(found: dict[str, Any]) -> tuple[Figure, str]:
+    figure, (plane, line) = new_figure(8.4, 3.1, 2)
+    figure.set_layout_engine("constrained", wspace=0.1)
+    factors, accuracy_of = found["factors"], 100 * np.array(found["accuracy"])
+    levels = MaxNLocator(9).tick_values(accuracy_of.min(), max(accuracy_of.max(), accuracy_of.min() + 1))
+    image = plane.contourf(factors, factors, accuracy_of.T, levels=levels, cmap="cividis")
+    for (x, y), name, marker in (((0, 0), "untrained", "s"), ((1, 0), "E2E", "^"), ((0, 1), "ABFT", "o")):
+        plane.plot(x, y, marker, color="white", markeredgecolor="black")
+        plane.annotate(name, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8,
+                       bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1})  # fmt: skip
+    plane.set_xlabel("λ of E2E")
+    plane.set_ylabel("λ of ABFT")
+    figure.colorbar(image, ax=plane, label="accuracy, %")
+    line.plot(found["line"]["step"], 100 * np.array(found["line"]["accuracy"]), "-o", color=BLUE)
+    line.set_xlabel("from E2E (0) to ABFT (1)")
+    line.set_ylabel("accuracy, %")
+    line.set_ylim(0, 100)
+    return figure, "Accuracy over θ₀ + λ₁(θ_E2E − θ₀) + λ₂(θ_ABFT − θ₀), and on the line between the two."
+
+
+def _induction(found: dict[str, Any]) -> tuple[Figure, str]:
+    names = [name for name in found if name in METHODS]
+    figure, axes = new_figure(2.3 * len(names) + 0.8, 2.7, len(names), squeeze=False, sharey=True)
+    for axis, name in zip(axes[0], names, strict=True):
+        image = axis.imshow(found[name]["scores"], vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        axis.set_title(METHODS[name].title, fontsize=9)
+        axis.set_xlabel("head")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    axes[0][0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="mass")
+    return figure, f"Mass on the token to copy, in {found['tokens']:,} random tokens that repeat: induction heads."
+
+
+def _implicit(found: dict[str, Any]) -> tuple[Figure, str]:
+    figure, axes = new_figure(7.0, 2.8, 2)
+    panels = (
+        ("SimAOU", (("sim_aou", "fine-tuned", BLUE, "-o"), ("sim_aou_random", "random update", GREY, "--s"))),
+        ("SimAM", (("sim_am", "fine-tuned", BLUE, "-o"), ("sim_am_before", "before fine-tuning", ORANGE, "-.^"),
+                   ("sim_am_random", "random update", GREY, "--s"))),
+    )  # fmt: skip
+    for axis, (title, curves) in zip(axes, panels, strict=True):
+        for name, label, color, style in curves:
+            axis.plot(range(len(found[name])), found[name], style, color=color, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("layer")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("cosine with ICL")
+    ratio = "none" if found["rec2ftp"] is None else f"{found['rec2ftp']:.2f}"
+    return figure, (
+        f"In-context learning beside fine-tuning on the demonstrations (arXiv 2212.10559), {found['n']} queries: "
+        f"similarity of attention-output updates and of attention scores, by layer. Rec2FTP {ratio} of "
+        f"{found['recovered']} queries."
+    )
+
+
+def head_scores_figure(scores: dict[str, Any], tokens: int) -> Figure:
+    """A map of `(L, H)` scores for each kind of head."""
+    figure, axes = new_figure(3.4 * len(scores) + 0.8, 3.2, len(scores), squeeze=False)
+    for axis, (name, values) in zip(axes[0], scores.items(), strict=True):
+        image = axis.imshow(values, vmin=0, cmap="cividis", aspect="auto")
+        axis.set_title(f"{name} heads, {tokens:,} tokens", fontsize=9)
+        axis.set_xlabel("head")
+        axis.set_ylabel("layer")
+        for side in (axis.xaxis, axis.yaxis):
+            side.get_major_locator().set_params(integer=True)
+        figure.colorbar(image, ax=axis, label="mass")
+    return figure

@@ -1,0 +1,1 @@
+"""Models on the `"abft"` attention: masses, what is trained of them, and how they are loaded and kept."""

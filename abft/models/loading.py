@@ -1,0 +1,67 @@
+"""Loading a base model on the `"abft"` attention: its dtype or 4 bits, and where it goes."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+import abft.models.attention as _adapter
+
+__all__ = ["context_of", "default_device", "load_base", "load_tokenizer", "loading_arguments"]
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def default_device() -> str:
+    """The device of a model that is not split: the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def loading_arguments(dtype: str = "auto", load_in_4bit: bool = False) -> dict[str, Any]:
+    """What `from_pretrained` needs: the dtype, or NF4 with double quantisation on this process's device.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16"; "auto" is the model's own.
+        load_in_4bit: quantize with bitsandbytes; computing is done in `dtype`, in bfloat16 if that is "auto".
+
+    Raises:
+        ValueError: an unknown dtype, or bitsandbytes is missing.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if not load_in_4bit:
+        return {"dtype": dtype}
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+    computing = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computing
+    )
+    # Under torchrun each process has a GPU of its own.
+    device = int(os.environ.get("LOCAL_RANK", "0")) if default_device() == "cuda" else "cpu"
+    return {"dtype": computing, "quantization_config": config, "device_map": {"": device}}
+
+
+def load_base(model: str, *, dtype: str = "auto", load_in_4bit: bool = False, **more: Any) -> Any:
+    """The causal language model of a folder or a name on the Hub; `more` goes to `from_pretrained`.
+
+    Raises:
+        ValueError, OSError: as :func:`loading_arguments`; there is no such model.
+    """
+    return AutoModelForCausalLM.from_pretrained(
+        model, attn_implementation=_adapter.ATTENTION, **loading_arguments(dtype, load_in_4bit), **more
+    )
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer."""
+    return AutoTokenizer.from_pretrained(model)
+
+
+def context_of(config: Any) -> int | None:
+    """Most tokens that a model of this configuration takes; None if it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

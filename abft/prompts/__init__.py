@@ -1,0 +1,1 @@
+"""Tasks, labelled texts, prompts and attention targets, and their batches."""

@@ -1,0 +1,114 @@
+"""`python -m bench --gpu`: every suite on one GPU, in under nine minutes, into one JSON.
+
+The file is written anew after each suite, so that a run cut off keeps what it has. What the time did not allow stands
+in it as "out of time". `--dry-run` runs everything on a CPU in tiny shapes, kernels interpreted, to see that it runs;
+its file says so and is no result.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from abft.files import write_json
+from bench.record import provenance
+
+__all__ = ["SANITIZED", "collect"]
+
+# What compute-sanitizer runs: a case of each kernel and of the features with the most address arithmetic.
+SANITIZED = (
+    "tests/kernels/test_features.py", "-k",
+    "packed or decoding or (window and left) or (all and fused)",
+)  # fmt: skip
+TOOLS = ("memcheck", "racecheck", "initcheck")
+
+
+def _sanitize(limit: float) -> dict[str, Any]:
+    """compute-sanitizer over a few kernel tests; each tool's exit code and last lines."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {
+            "seconds": 0.0,
+            "rows": [{"check": name, "reason": "no compute-sanitizer on this machine"} for name in TOOLS],
+        }
+    start, rows = time.monotonic(), []
+    # PyTorch's caching allocator would hide reads past a tensor's end.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for name in TOOLS:
+        command = [tool, "--tool", name, "--error-exitcode", "9", "--target-processes", "all"]
+        command += [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", *SANITIZED]
+        try:
+            done = subprocess.run(
+                command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True,
+                timeout=limit / len(TOOLS), check=False,
+            )  # fmt: skip
+            rows.append({"check": name, "ok": done.returncode == 0, "tail": done.stdout[-1500:] + done.stderr[-500:]})
+        except subprocess.TimeoutExpired:
+            rows.append({"check": name, "reason": f"not done after {limit / len(TOOLS):.0f} s"})
+    return {"seconds": time.monotonic() - start, "rows": rows}
+
+
+def collect(
+    out_dir: Path, *, budget: float, only: list[str] | None = None, dry_run: bool = False, sanitize: bool = False
+) -> Path:
+    """Runs the suites and writes `gpu.json` (`gpu_dry_run.json`); returns its path.
+
+    Raises:
+        RuntimeError: no CUDA GPU, and no dry run asked for.
+    """
+    if dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, below
+    import torch
+
+    from bench.cases.precision import collect as precision
+    from bench.gpu import kernels, timing
+
+    if not dry_run and not torch.cuda.is_available():
+        raise RuntimeError("no CUDA GPU here; --dry-run runs the suites on the CPU to see that they run")
+    device = torch.device("cpu" if dry_run else "cuda")
+    setting = kernels.Setting(device, timing.Budget(budget), dry_run, alone=bool(only) and len(only) == 1)
+    result: dict[str, Any] = {
+        "kind": "gpu", "dry_run": dry_run, "provenance": provenance() | {"gpu": timing.gpu_state(device)},
+        "ceilings": timing.ceilings(device), "suites": {}, "complete": False,
+    }  # fmt: skip
+    path = out_dir / ("gpu_dry_run.json" if dry_run else "gpu.json")
+    write_json(path, result)
+    for name, suite in kernels.SUITES.items():
+        if only and name not in only:
+            continue
+        start = time.monotonic()
+        print(f"{name} … ({setting.budget.left():.0f} s left)", flush=True)
+        rows = []
+        for row in suite(setting):
+            rows.append(row)
+            print("  " + _brief(row), flush=True)
+        result["suites"][name] = {"seconds": time.monotonic() - start, "rows": rows}
+        write_json(path, result)
+    if not only or "precision" in only:
+        result["suites"]["precision"] = {"rows": precision(device, seeds=1 if dry_run else 5)}
+    if sanitize:
+        result["suites"]["sanitizer"] = _sanitize(max(60.0, setting.budget.left()))
+    result["provenance"]["gpu_after"] = timing.gpu_state(device)
+    result["complete"] = not only
+    write_json(path, result)
+    return path
+
+
+def _brief(row: dict[str, Any]) -> str:
+    what = " ".join(
+        str(row[key]) for key in ("check", "model", "name", "prompts", "n", "head_dim", "heads", "labels") if key in row
+    )
+    if "reason" in row:
+        return f"{what}: {row['reason']}"
+    shown = []
+    for key, value in row.items():
+        if isinstance(value, dict) and "median" in value:
+            shown.append(f"{key} {value['median']:.3f}")
+        elif isinstance(value, float) or key in ("ok", "launches", "tests", "failures", "both_bytes", "peak_bytes"):
+            shown.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    return f"{what}: {', '.join(shown)}"

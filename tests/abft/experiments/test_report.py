@@ -1,0 +1,369 @@
+"""Reports: tables with the right numbers in them, claims judged by them, and a page that a browser shows whole."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from abft.cli.main import main
+from abft.experiments.analyze import PARTS, AnalyzeOptions, analyze
+from abft.experiments.methods import METHODS
+from abft.experiments.report import compare_runs, experiment_tables, overview_table, write_report
+from abft.experiments.results import Results, paper_averages
+from abft.experiments.runs import FORMAT_VERSION, Run, RunKey
+from abft.experiments.tables import Table, points, with_error
+from abft.files import write_json
+
+FIGURES = {"accuracy", "label-attention", "training", "generalization", "label-errors", "distance", "connectivity",
+           "induction", "implicit"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def analysed(experiment_folder, tmp_path_factory) -> Path:
+    """A copy of the experiment with an analysis."""
+    folder = tmp_path_factory.mktemp("analysed") / "small"
+    shutil.copytree(experiment_folder, folder)
+    analyze(AnalyzeOptions(experiment=str(folder), prompts=12, factors=[0.0, 1.0], tokens=64, etas=[0.1], quiet=True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(analysed) -> Path:
+    write_report([analysed], analysed / "report.html")
+    return analysed / "report.html"
+
+
+# --- made-up runs, whose figures are known -----------------------------------------------------------------
+
+
+def made(tmp_path, accuracies, *, methods=None, model="demo", **extra) -> Path:
+    """An experiment with runs of 100 prompts; `accuracies[method][task]` is a list over seeds, of shares.
+
+    Keys (task, other) are the accuracy on another task after training on one.
+    """
+    rng = np.random.default_rng(0)
+    order = rng.permutation(100)
+    settings = {"model": model, "k": 4, "data": "demo", "lora": False, "load_in_4bit": False, "limit": None}
+    tasks = [task for task in next(iter(accuracies.values())) if isinstance(task, str)]
+    keys = []
+
+    def normal(accuracy):
+        predictions = [0 if order[i] < round(100 * accuracy) else 1 for i in range(100)]
+        return {"n": 100, "accuracy": accuracy, "macro_f1": accuracy, "true_label_likelihood": accuracy, "ece": 0.1,
+                "predictions": predictions, "labels": [0] * 100, "posterior_bias": {"kl": 0.1}}  # fmt: skip
+
+    for method, by_task in accuracies.items():
+        for task in tasks:
+            for seed, accuracy in enumerate(by_task[task]):
+                trained = METHODS[method].trained
+                key = RunKey(method, task, 512 if trained else 0, seed if trained else 0)
+                tests = {task: {"Normal": normal(accuracy), **extra.get(method, {})}}
+                for pair, values in by_task.items():
+                    if isinstance(pair, tuple) and pair[0] == task:
+                        tests[pair[1]] = {"Normal": normal(values[seed])}
+                seconds = {"abft": 10.0, "e2e": 25.0}.get(method, 10.0)
+                training = {
+                    "seconds": seconds,
+                    "steps": 32,
+                    "peak_memory_bytes": 2**30,
+                    "resumed": False,
+                    "history": [],
+                }
+                run = Run(key, settings, tests, training if trained else None, {"date": "2026-01-01"})
+                run.write(tmp_path / "runs" / key.folder)
+                keys.append(vars(key))
+    seeds = list(range(max(len(values) for by_task in accuracies.values() for values in by_task.values())))
+    write_json(
+        tmp_path / "experiment.json",
+        {"format_version": FORMAT_VERSION, "settings": settings, "tasks": tasks, "methods": list(accuracies),
+         "seeds": seeds, "num_prompts": [512], "tests": ["Normal"], "runs": keys},
+    )  # fmt: skip
+    return tmp_path
+
+
+GOOD = {
+    "vanilla": {"a": [0.5], "b": [0.6]},
+    "abft": {"a": [0.7, 0.8], "b": [0.8, 0.8], ("a", "b"): [0.62, 0.62], ("b", "a"): [0.5, 0.52]},
+    "e2e": {"a": [0.74, 0.76], "b": [0.82, 0.82], ("a", "b"): [0.5, 0.5], ("b", "a"): [0.4, 0.4]},
+}
+
+
+def test_overview_has_means_errors_and_the_best(tmp_path):
+    table = overview_table([Results(made(tmp_path, GOOD))])
+    assert list(table.columns) == ["", "a", "b", "average"]
+    assert table.rows[0] == ["demo, vanilla", "50.0", "60.0", "55.0"]
+    assert table.rows[1] == ["demo, ABFT", "75.0 ± 5.0", "80.0 ± 0.0", "77.5 ± 2.5"]
+    assert table.rows[2] == ["demo, E2E", "75.0 ± 1.0", "82.0 ± 0.0", "78.5 ± 0.5"]
+    assert table.bold == {(1, 1), (2, 1), (2, 2), (2, 3)}
+
+
+def test_robustness_table(tmp_path):
+    half, sure = math.log(4) / 2, 0.0
+    bias = {
+        "contextual": {"distribution": [0.25] * 4, "entropy": half},
+        "domain": {"distribution": [0.25] * 4, "entropy": sure},
+    }
+    tests = {"GLER": {"gler": 0.4}, "Unseen": {"accuracy": 0.125}, "Bias": bias}
+    tables = experiment_tables(Results(made(tmp_path, GOOD, abft=tests)))
+    (table,) = (table for table in tables if table.name.endswith("robustness"))
+    assert table.rows == [["ABFT", "40.0 ± 0.0", "12.5 ± 0.0", "50.0 ± 0.0", "0.0 ± 0.0"]]
+
+
+def test_time_of_resumed_training_is_not_counted(tmp_path):
+    folder = made(tmp_path, GOOD)
+    path = folder / "runs" / RunKey("abft", "a", 512, 0).folder / "run.json"
+    content = json.loads(path.read_text())
+    content["training"] |= {"resumed": True, "seconds": 1000.0}
+    path.write_text(json.dumps(content))
+    assert Results(folder).seconds("abft") == (10, 0)
+
+
+def test_transfer_table(tmp_path):
+    tables = {table.name.split("-")[-1]: table for table in experiment_tables(Results(made(tmp_path, GOOD)))}
+    rows = {row[0]: row[1:] for row in tables["transfer"].rows}
+    assert rows["vanilla"] == ["", "", "", "55.0", "55.0"]
+    assert rows["ABFT"] == ["10.0 ± 0.0", "1.00", "1.00", "77.5 ± 2.5", "56.5 ± 0.5"]
+    assert rows["E2E"] == ["25.0 ± 0.0", "2.50", "1.00", "78.5 ± 0.5", "45.0 ± 0.0"]
+    against = {row[0]: row[1:] for row in tables["vanilla"].rows}
+    assert re.match(r"\+25\.0 \[\+1\d\.\d, \+3\d\.\d\]\*", against["a"][0])
+
+
+def test_claims_that_hold(tmp_path):
+    claims = Results(made(tmp_path, GOOD, vanilla=consistent(0.6), abft=consistent(0.8))).claims()
+    gain, level, transfer, consistency, ablations, time_ = claims
+    assert gain.holds
+    assert "+22.5 points" in gain.evidence
+    assert level.holds
+    assert "-1.0 points" in level.evidence
+    assert transfer.holds
+    assert "ABFT 56.5 %, E2E 45.0 %, untrained 55.0 %" in transfer.evidence
+    assert consistency.holds
+    assert "60.0 → 80.0" in consistency.evidence
+    assert ablations.holds is None
+    assert time_.holds
+    assert "2.50" in time_.evidence
+
+
+def consistent(share):
+    return {test: {"consistency": share, "accuracy_mean": 0.5} for test in ("TempSensitivity", "DemoSensitivity")}
+
+
+def test_claims_that_do_not_hold(tmp_path):
+    bad = {
+        "vanilla": {"a": [0.6]}, "abft": {"a": [0.6]}, "e2e": {"a": [0.8]}, "no_pid": {"a": [0.6]},
+        "no_pid_no_filter": {"a": [0.6]}, "a0": {"a": [0.7]}, "b0": {"a": [0.3]},
+    }  # fmt: skip
+    claims = Results(made(tmp_path, bad, vanilla=consistent(0.9), abft=consistent(0.8))).claims()
+    assert [claim.holds for claim in claims[:5]] == [False, False, None, False, False]
+
+
+def test_ablations_in_order(tmp_path):
+    names = ("vanilla", "abft", "no_pid", "no_pid_no_filter", "a0", "b0")
+    falling = {name: {"a": [0.8 - 0.05 * i]} for i, name in enumerate(names)} | {"vanilla": {"a": [0.5]}}
+    assert Results(made(tmp_path / "1", falling)).claims()[4].holds
+    level = {name: {"a": [0.8]} for name in names}
+    claim = Results(made(tmp_path / "2", level)).claims()[4]
+    assert claim.holds is False
+    assert "no step contradicts the order" in claim.evidence
+
+
+def test_papers_figures_stand_beside_its_models(tmp_path):
+    assert paper_averages("meta-llama/Meta-Llama-3-8B") == (66.60, 80.20)
+    assert paper_averages("models/gpt2-xl") == (50.13, 67.74)
+    assert paper_averages("tiiuae/Falcon3-7B-Base") == (67.55, 79.59)
+    assert paper_averages("Llama-3.1-8B") is None
+    results = Results(made(tmp_path, GOOD, model="Qwen/Qwen2.5-32B"))
+    table = overview_table([results])
+    assert table.columns[-1] == "paper's average"
+    assert [row[-1] for row in table.rows] == ["75.29", "79.64", ""]
+    assert len(overview_table([results], paper=False).columns) == 4
+
+
+def test_table_formats():
+    table = Table("t", "50 % of a_b", ["", "x_1"], [["a & b", "1.0 ± 0.5"], ["c", "−2"]], {(0, 1)})
+    assert "| a & b | **1.0 ± 0.5** |" in table.markdown()
+    latex = table.latex()
+    assert r"a \& b & \textbf{1.0 $\pm$ 0.5} \\" in latex
+    assert r"\caption{50 \% of a\_b}" in latex
+    assert r"c & $-$2 \\" in latex
+    assert with_error(None, None) == ""
+    assert with_error(0.12345, 0.01) == "12.3 ± 1.0"
+    assert points(-0.031) == "−3.1"
+
+
+# --- the files ------------------------------------------------------------------------------------------------
+
+
+def test_report_stands_alone(report):
+    html = report.read_text()
+    assert not re.search(r'(?:src|href)="(?!data:)', html)
+    assert set(re.findall(r'<figure id="([\w-]+)"', html)) == FIGURES
+    assert "{{" not in html
+    accuracy = 100 * Results(report.parent).summary("abft", "topics", lambda result: result["accuracy"])[0]
+    for path in (report, report.with_suffix(".md"), report.with_suffix(".tex"), report.with_suffix(".json")):
+        assert f"{accuracy:.1f}" in path.read_text()
+
+
+def test_report_is_the_same_every_time(report, analysed, tmp_path):
+    write_report([analysed], tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == report.read_text()
+
+
+def test_names_are_escaped(tmp_path):
+    folder = made(tmp_path, {"vanilla": {"<script>alert(1)</script>": [0.5]}})
+    write_report([folder], tmp_path / "r.html")
+    assert "<script>" not in (tmp_path / "r.html").read_text()
+
+
+def test_report_of_unfinished_and_of_several(tmp_path):
+    first, second = made(tmp_path / "1", GOOD), made(tmp_path / "2", GOOD, model="gpt2-xl")
+    shutil.rmtree(second / "runs" / "e2e-a-n512-seed0")
+    pictures = tmp_path / "pictures"
+    command = ["report", str(first), str(second), "--output", str(tmp_path / "both.html"), "--figures", str(pictures)]
+    assert main(command) == 0
+    assert {path.name for path in pictures.iterdir()} >= {"1-accuracy.png", "2-accuracy.png", "1-generalization.png"}
+    data = json.loads((tmp_path / "both.json").read_text())
+    assert [experiment["model"] for experiment in data["experiments"]] == ["demo", "gpt2-xl"]
+    assert data["tables"][0]["rows"][1][1] == "75.0 ± 5.0"
+    html = (tmp_path / "both.html").read_text()
+    assert "1 of 10 runs are not finished yet" in html
+    assert "gpt2-xl, ABFT" in html
+    assert "67.74" in html
+
+
+def test_report_refuses(tmp_path, capsys):
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "r.html")]) == 2
+    assert "give a folder that `abft experiment` wrote" in capsys.readouterr().err
+    assert main(["report", str(made(tmp_path / "1", GOOD)), "--output", str(tmp_path / "r.pdf")]) == 2
+    assert "must end in .html" in capsys.readouterr().err
+    assert not list(tmp_path.glob("r.*"))
+
+
+def test_compare(tmp_path, capsys):
+    folder = made(tmp_path, GOOD)
+    runs = [str(folder / "runs" / name) for name in ("vanilla-a", "abft-a-n512-seed1")]
+    assert main(["compare", *runs]) == 0
+    assert "+30.0" in capsys.readouterr().out
+    table = compare_runs(*runs)
+    assert table.rows[0][:4] == ["a", "50.0", "80.0", "+30.0"]
+    with pytest.raises(ValueError, match="no task in common"):
+        compare_runs(runs[0], folder / "runs" / "vanilla-b")
+    with pytest.raises(ValueError, match=r"holds no run\.json"):
+        compare_runs(runs[0], tmp_path)
+    path = folder / "runs" / "abft-a-n512-seed1" / "run.json"
+    content = json.loads(path.read_text())
+    normal = content["tests"]["a"]["Normal"]
+    normal["labels"] = [1, *normal["labels"][1:]]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="task a: the runs were tested on different queries"):
+        compare_runs(*runs)
+    content["settings"]["k"] = 8
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="k is 4 and 8"):
+        compare_runs(*runs)
+
+
+def test_analysis(analysed, monkeypatch):
+    content = json.loads((analysed / "analysis.json").read_text())
+    assert set(content["parts"]) == set(PARTS)
+    distance = content["parts"]["distance"]
+    assert set(distance) == {"abft", "e2e"}
+    # A layer behind the last induction head does not move with ABFT.
+    assert all(0 <= value < 1 for layers in distance.values() for value in layers)
+    assert all(max(layers) > 1e-4 for layers in distance.values())
+    connectivity = content["parts"]["connectivity"]
+    # The ends of the line are corners of the plane.
+    assert connectivity["line"]["accuracy"][0] == connectivity["accuracy"][1][0]
+    assert connectivity["line"]["accuracy"][-1] == connectivity["accuracy"][0][1]
+    vanilla = json.loads((analysed / "runs" / "vanilla-topics" / "run.json").read_text())["tests"]["topics"]["Normal"]
+    assert connectivity["accuracy"][0][0] == vanilla["accuracy"]
+    options = AnalyzeOptions(
+        experiment=str(analysed), prompts=12, factors=[0.0, 1.0], tokens=64, etas=[0.1], quiet=True
+    )  # fmt: skip
+    monkeypatch.setattr("abft.experiments.analyze.load_base", lambda *_, **__: pytest.fail("done again"))
+    assert analyze(options) == content["parts"]
+
+
+def test_analysis_keeps_what_is_not_asked_for(analysed, tmp_path):
+    copy = tmp_path / "small"
+    shutil.copytree(analysed, copy)
+    before = json.loads((copy / "analysis.json").read_text())
+    analyze(AnalyzeOptions(experiment=str(copy), parts=["momentum"], prompts=6, etas=[0.2], quiet=True))
+    after = json.loads((copy / "analysis.json").read_text())
+    assert after["parts"]["momentum"]["n"] == 6
+    assert [gain["eta"] for gain in after["parts"]["momentum"]["gains"]] == [0.2]
+    assert {**after["parts"], "momentum": None} == {**before["parts"], "momentum": None}
+    assert after["options"]["connectivity"]["prompts"] == 12
+
+
+def test_analysis_refuses(analysed, experiment_folder, tmp_path, capsys):
+    arguments = ["analyze", "--experiment", str(analysed)]
+    assert main([*arguments, "--parts", "depth"]) == 2
+    assert "unknown part 'depth'" in capsys.readouterr().err
+    assert main([*arguments, "--task", "weather"]) == 2
+    assert "no task 'weather'" in capsys.readouterr().err
+    assert main([*arguments, "--seed", "7"]) == 2
+    assert "keeps no weights of task 'topics', seed 7" in capsys.readouterr().err
+    assert main(["analyze", "--experiment", str(tmp_path)]) == 2
+
+
+# --- in a browser ------------------------------------------------------------------------------------------------
+
+_CHROMIUM, _DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if _CHROMIUM is None or _DRIVER is None:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = _CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+                     "--disable-background-networking", "--disable-component-update",
+                     "--disable-dev-shm-usage"):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(_DRIVER, log_output=subprocess.DEVNULL))
+    driver.set_window_size(1100, 900)
+    yield driver
+    driver.quit()
+
+
+def test_in_a_browser(browser, report):
+    browser.get(report.as_uri())
+    deadline = time.monotonic() + 20
+    while browser.execute_script("return document.readyState") != "complete" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert browser.get_log("browser") == []
+    assert browser.title == "Attention Behavior Fine-Tuning: demo"
+    images = browser.execute_script(
+        "return [...document.images].map(i => [i.closest('figure').id, i.complete, i.naturalWidth, i.width, i.height])"
+    )
+    assert {name for name, *_ in images} == FIGURES
+    assert all(
+        complete and natural > 100 and width > 100 and height > 80 for _, complete, natural, width, height in images
+    )
+    # Nothing lies over anything else, and nothing is wider than the page.
+    boxes = browser.execute_script(
+        "return [...document.querySelectorAll('h1, h2, h3, .wide, .claims li, figure')].map(e => {"
+        "const b = e.getBoundingClientRect(); return [e.tagName + e.id, b.top, b.bottom, b.left, b.right]})"
+    )
+    boxes.sort(key=lambda box: box[1])
+    for (_, _, bottom, *_), (name, top, _, left, right) in pairwise(boxes):
+        assert top >= bottom - 1, name
+        assert left >= 0, name
+        assert right <= 1100, name
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    tables = browser.execute_script(
+        "return [...document.querySelectorAll('td')].every(c => c.scrollWidth <= c.clientWidth)"
+    )
+    assert tables
