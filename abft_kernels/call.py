@@ -1,0 +1,65 @@
+"""One checked call of an operator, beside q, k and v: made once, handed unchanged to every backend.
+
+PyTorch's operators take plain arguments. :func:`pack` turns a call into the optional tensors one by one, one list of
+integers and one list of floats; `SCHEMA` is that part of an operator's schema, and :func:`unpack` makes the call
+again. All three are written from the fields below: a new field needs no other line here.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["PACKED_ARGUMENTS", "SCHEMA", "TENSORS", "Call", "pack", "unpack"]
+
+
+class Call(NamedTuple):
+    """S is the number of sequences: B, unless they are packed. Positions are counted from key 0 of this call."""
+
+    groups: Tensor | None = None  # (B, N_k) integers: group of each key, −1 for none
+    weights: Tensor | None = None  # (B, N_k, G) in the accumulation dtype, in place of groups
+    sinks: Tensor | None = None  # (H,): a score in each head's denominator
+    slopes: Tensor | None = None  # (B, H) in the accumulation dtype: ALiBi
+    starts: Tensor | None = None  # (S,) int32: first position of each sequence; None: 0
+    ends: Tensor | None = None  # (S,) int32: one past its last position; None: N_k
+    row_mask: Tensor | None = None  # (B, N_q) uint8: rows whose mass is wanted; None: all
+    num_groups: int = 0
+    causal: bool = True
+    window: int = 0  # keys that a row sees, its own included; 0: all
+    row_offset: int = 0  # position of query row 0, where rows are consecutive
+    key_offset: int = 0  # what to subtract from the positions of chosen rows: they count all keys, this call a shard
+    packed: bool = False  # the sequences are concatenated along the sequence dimension (batch size 1)
+    seed: int = 0  # of dropout
+    scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+    dropout_p: float = 0.0
+
+
+_HINTS = typing.get_type_hints(Call)
+TENSORS = tuple(name for name in Call._fields if _HINTS[name] not in (int, bool, float))
+_INTEGERS = tuple(name for name in Call._fields if _HINTS[name] in (int, bool))
+_FLOATS = tuple(name for name in Call._fields if _HINTS[name] is float)
+if Call._fields != TENSORS + _INTEGERS + _FLOATS:
+    raise TypeError("the fields of Call must be ordered: tensors, integers, floats")
+
+SCHEMA = ", ".join([f"Tensor? {name}" for name in TENSORS] + ["SymInt[] integers", "float[] floats"])
+PACKED_ARGUMENTS = len(TENSORS) + 2
+_BOOLEANS = tuple(i for i, name in enumerate(_INTEGERS) if _HINTS[name] is bool)
+
+
+def pack(call: Call) -> tuple[Any, ...]:
+    """Return the operator arguments that `SCHEMA` describes."""
+    split = len(TENSORS)
+    return (*call[:split], list(call[split : split + len(_INTEGERS)]), list(call[split + len(_INTEGERS) :]))
+
+
+def unpack(arguments: Sequence[Any]) -> Call:
+    """Return the call whose :func:`pack` gave `arguments`, `PACKED_ARGUMENTS` of them."""
+    *tensors, integers, floats = arguments
+    integers = list(integers)
+    for i in _BOOLEANS:
+        integers[i] = bool(integers[i])
+    return Call(*tensors, *integers, *floats)
