@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["PACKED_ARGUMENTS", "SCHEMA", "TENSORS", "Call", "pack", "unpack"]
+__all__ = ["PACKED_ARGUMENTS", "SCHEMA", "TENSORS", "Call", "Gradients", "pack", "unpack"]
 
 
 class Call(NamedTuple):
@@ -36,6 +36,16 @@ class Call(NamedTuple):
     scale: float = 1.0
     softcap: float = 0.0  # 0: none
     dropout_p: float = 0.0
+
+
+class Gradients(NamedTuple):
+    """Of the operator that gives the output too; empty tensors stand for gradients that nothing asked for."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dweights: Tensor  # (B, N_k, G) in the accumulation dtype
+    dsinks: Tensor  # (H,) in the accumulation dtype
 
 
 _HINTS = typing.get_type_hints(Call)

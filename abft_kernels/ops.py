@@ -1,293 +1,190 @@
 """The kernels as PyTorch operators: schema, fake tensors, autograd. Named `abft::…` in traces and profiles.
 
-The operators take the fields of :class:`~abft_kernels.spec.Extras` and :class:`~abft_kernels.spec.Options` one by
-one, in their order. Gradients that no one asked for arrive here as None and are handed on as None, so that an unused
-output costs nothing in the backward pass; an empty tensor stands for a result that is not there.
+An operator takes three tensors of its own, the fields of :class:`~abft_kernels.call.Call` as
+:func:`~abft_kernels.call.pack` writes them, and the backend's name. Its backward operator takes the incoming gradients
+before these and the results and `weights_wanted` after them. A gradient that no one asked for is None, so that an
+unused result costs nothing in the backward pass; an empty tensor stands for a gradient that is not there.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, Optional
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
 
-from abft_kernels import torch_backend
-from abft_kernels.spec import Extras, Options
+from abft_kernels.call import PACKED_ARGUMENTS, SCHEMA, TENSORS, Call, Gradients, pack, unpack
+from abft_kernels.pytorch import passes
 
-# Schemas are inferred from the annotations, which must therefore be objects and not strings (no
-# `from __future__ import annotations` here).
-_OptTensor = Optional[Tensor]  # noqa: UP045
-_EXTRAS, _OPTIONS = len(Extras._fields), len(Options._fields)
+__all__ = ["mass_attention", "row_mass"]
+
+_LIBRARY = library.Library("abft", "FRAGMENT")
+_Kernel = Callable[..., Sequence[Tensor]]
+
+
+class Operator(NamedTuple):
+    """What differs between the two operators."""
+
+    name: str
+    inputs: dict[str, str]  # name -> type in the schema, before the call's fields
+    results: tuple[str, ...]
+    gradients: tuple[str, ...]  # argument of each result of the backward operator
+    kernels: Callable[[str], tuple[_Kernel, _Kernel]]  # backend -> forward, backward
+
+
+def _row_kernels(backend: str) -> tuple[_Kernel, _Kernel]:
+    if backend == "triton":
+        from abft_kernels.triton import rows
+
+        return rows.forward, rows.backward
+    return passes.row_forward, passes.row_backward
+
+
+def _fused_kernels(backend: str) -> tuple[_Kernel, _Kernel]:
+    if backend == "triton":
+        from abft_kernels.triton import backward, forward
+
+        return forward.forward, backward.backward
+    return passes.forward, passes.backward
+
+
+_ROWS = Operator(
+    "row_mass",
+    {"q": "Tensor", "k": "Tensor", "positions": "Tensor"},
+    ("mass", "lse"),
+    ("q", "k", "weights", "sinks"),
+    _row_kernels,
+)
+_FUSED = Operator(
+    "mass_attention",
+    {"q": "Tensor", "k": "Tensor", "v": "Tensor?"},
+    ("out", "mass", "lse"),
+    ("q", "k", "v", "weights", "sinks"),
+    _fused_kernels,
+)
+
+
+def _exactly(device: torch.device, kernel: _Kernel, *arguments: Any) -> tuple[Tensor, ...]:
+    """Run a kernel without autocast, which may choose the dtypes of what goes in, not of what is inside."""
+    if not torch.is_autocast_enabled(device.type):
+        return tuple(kernel(*arguments))
+    with torch.autocast(device.type, enabled=False):
+        return tuple(kernel(*arguments))
+
+
+def _define(operator: Operator) -> tuple[Any, Any]:
+    """Register the operator and its backward operator; return both."""
+    name, inputs = operator.name, tuple(operator.inputs)
+    names = (*inputs, *TENSORS, "integers", "floats", "backend")
+    count, results = len(inputs), len(operator.results)
+    heads = ", ".join(f"{kind} {argument}" for argument, kind in operator.inputs.items())
+    incoming = ", ".join(f"Tensor? d{result}" for result in operator.results)
+    outputs = ", ".join(f"Tensor {result}" for result in operator.results)
+    tensors = ", ".join(["Tensor"] * results)
+    gradients = ", ".join(["Tensor"] * len(operator.gradients))
+    _LIBRARY.define(f"{name}({heads}, {SCHEMA}, str backend) -> ({tensors})")
+    _LIBRARY.define(
+        f"{name}_backward({incoming}, {heads}, {SCHEMA}, str backend, {outputs}, bool weights_wanted) -> ({gradients})"
+    )
+    op, backward_op = (getattr(torch.ops.abft, x).default for x in (name, f"{name}_backward"))
+
+    def split(arguments: Sequence[Any]) -> tuple[Sequence[Any], Call, str]:
+        return arguments[:count], unpack(arguments[count : count + PACKED_ARGUMENTS]), arguments[-1]
+
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        tensors, call, backend = split(arguments)
+        return _exactly(tensors[0].device, operator.kernels(backend)[0], *tensors, call)
+
+    def backward(*arguments: Any) -> tuple[Tensor, ...]:
+        *rest, wanted = arguments
+        grads, rest, saved = rest[:results], rest[results:-results], rest[-results:]
+        tensors, call, backend = split(rest)
+        return _exactly(tensors[0].device, operator.kernels(backend)[1], *grads, *tensors, call, *saved, wanted)
+
+    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+        tensors, call, _ = split(arguments)
+        made = _fake_results(tensors[0], None if "v" not in inputs else tensors[2], call)
+        return tuple(made[result] for result in operator.results)
+
+    def fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+        grads = dict(zip(operator.results, arguments[:results], strict=True))
+        tensors, call, _ = split(arguments[results : -results - 1])
+        made = _fake_gradients(dict(zip(inputs, tensors, strict=True)), call, grads, arguments[-1])
+        return tuple(made[argument] for argument in operator.gradients)
+
+    def setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+        ctx.plain = inputs[-3:]
+        ctx.save_for_backward(*inputs[:-3], *output)
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * len(names)
+        saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
+        given = dict(zip(names, saved, strict=False))
+        needed = dict(zip(names, ctx.needs_input_grad, strict=True))
+        of = dict(zip(operator.results, grads, strict=True))
+        if given.get("v") is None:
+            of.pop("out", None)
+        wanted = needed["weights"] and of["mass"] is not None
+        found = backward_op(
+            *(of.get(result) for result in operator.results), *saved[:-results], *ctx.plain, *saved[-results:], wanted
+        )
+        made = dict(zip(operator.gradients, found, strict=True))
+        if not wanted:
+            del made["weights"]
+        if of.get("out") is None:
+            made.pop("v", None)
+        return tuple(
+            made[argument].to(given[argument].dtype) if argument in made and needed[argument] else None
+            for argument in names
+        )
+
+    for registered, kernel, shapes in ((op, forward, fake), (backward_op, backward, fake_backward)):
+        _LIBRARY.impl(registered, kernel, "CompositeExplicitAutograd")
+        library.register_fake(registered, shapes, lib=_LIBRARY)
+    library.register_autograd(op, differentiate, setup_context=setup, lib=_LIBRARY)
+    return op, backward_op
 
 
 def _accumulated(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _split(arguments: tuple) -> tuple[Extras, Options]:
-    return Extras(*arguments[:_EXTRAS]), Options(*arguments[_EXTRAS : _EXTRAS + _OPTIONS])
+def _fake_results(q: Tensor, v: Tensor | None, call: Call) -> dict[str, Tensor]:
+    batch, heads, n_q, _ = q.shape
+    return {
+        "out": q.new_empty((batch, n_q, heads, 0 if v is None else v.shape[3])).transpose(1, 2),
+        "mass": q.new_empty((batch, heads, n_q, call.num_groups), dtype=_accumulated(q)),
+        "lse": q.new_empty((batch, heads, n_q), dtype=_accumulated(q)),
+    }
 
 
-def _exact(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator's arithmetic is its own: autocast may choose the dtypes of what goes in, not of what is inside."""
-
-    @functools.wraps(function)
-    def without_autocast(*args: Any, **kwargs: Any) -> Any:
-        tensor = next(x for x in args if isinstance(x, Tensor))
-        with torch.autocast(tensor.device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return without_autocast
-
-
-# --- a few rows ------------------------------------------------------------------------------------------
-
-
-@library.custom_op("abft::row_mass", mutates_args=())
-@_exact
-def row_mass_op(
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    groups: _OptTensor,
-    weights: _OptTensor,
-    sinks: _OptTensor,
-    slopes: _OptTensor,
-    starts: _OptTensor,
-    ends: _OptTensor,
-    row_mask: _OptTensor,
-    num_groups: int,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    offset: int,
-    packed: bool,
-    dropout_p: float,
-    seed: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Mass `(S, H, R, G)` and LSE `(S, H, R)` of R query rows at `positions` `(S, R)`; negative: absent."""
-    extras = Extras(groups, weights, sinks, slopes, starts, ends, row_mask)
-    options = Options(num_groups, causal, scale, window, softcap, offset, packed, dropout_p, seed)
-    if backend == "triton":
-        from abft_kernels.triton import rows
-
-        return rows.forward(q, k, positions, extras, options)
-    return torch_backend.row_mass_forward(q, k, positions, extras, options)
+def _fake_gradients(
+    inputs: dict[str, Any], call: Call, incoming: dict[str, Tensor | None], weights_wanted: bool
+) -> dict[str, Tensor]:
+    q, k, v = inputs["q"], inputs["k"], inputs.get("v")
+    weighted = weights_wanted and call.weights is not None and incoming["mass"] is not None
+    shapes = {
+        "v": v.shape if v is not None and incoming["out"] is not None else (0,),
+        "weights": call.weights.shape if weighted and call.weights is not None else (0,),
+        "sinks": (0,) if call.sinks is None else call.sinks.shape,
+    }
+    dtypes = {"v": q.dtype}
+    small = {name: q.new_empty(shape, dtype=dtypes.get(name, _accumulated(q))) for name, shape in shapes.items()}
+    return {"q": q.new_empty(q.shape), "k": k.new_empty(k.shape), **small}
 
 
-@row_mass_op.register_fake
-def _(q, k, positions, *arguments):
-    _, options = _split(arguments)
-    dtype = _accumulated(q)
-    return q.new_empty((*q.shape[:3], options.num_groups), dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
+row_mass_op, row_mass_backward_op = _define(_ROWS)
+mass_attention_op, mass_attention_backward_op = _define(_FUSED)
 
 
-@library.custom_op("abft::row_mass_backward", mutates_args=())
-@_exact
-def row_mass_backward_op(
-    dmass: _OptTensor,
-    dlse: _OptTensor,
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    groups: _OptTensor,
-    weights: _OptTensor,
-    sinks: _OptTensor,
-    slopes: _OptTensor,
-    starts: _OptTensor,
-    ends: _OptTensor,
-    row_mask: _OptTensor,
-    mass: Tensor,
-    lse: Tensor,
-    num_groups: int,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    offset: int,
-    packed: bool,
-    dropout_p: float,
-    seed: int,
-    backend: str,
-    weights_wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dweights and dsinks of :func:`row_mass_op`; the last two are empty where not wanted."""
-    extras = Extras(groups, weights, sinks, slopes, starts, ends, row_mask)
-    options = Options(num_groups, causal, scale, window, softcap, offset, packed, dropout_p, seed)
-    if backend == "triton":
-        from abft_kernels.triton import rows
-
-        return rows.backward(dmass, dlse, q, k, positions, extras, mass, lse, options, weights_wanted)
-    return torch_backend.row_mass_backward(dmass, dlse, q, k, positions, extras, mass, lse, options, weights_wanted)
+def row_mass(q: Tensor, k: Tensor, positions: Tensor, call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    """Return mass `(S, H, R, G)` and LSE `(S, H, R)` of R query rows at `positions` `(S, R)`; negative: absent."""
+    return row_mass_op(q, k, positions, *pack(call), backend)
 
 
-def _side_gradients(q: Tensor, extras: Extras, wanted: bool) -> tuple[Tensor, Tensor]:
-    dtype = _accumulated(q)
-    weights, sinks = extras.weights, extras.sinks
-    return (
-        q.new_empty(weights.shape if wanted and weights is not None else (0,), dtype=dtype),
-        q.new_empty(sinks.shape if sinks is not None else (0,), dtype=dtype),
-    )
-
-
-@row_mass_backward_op.register_fake
-def _(dmass, dlse, q, k, positions, *arguments):
-    extras, wanted = Extras(*arguments[:_EXTRAS]), arguments[-1]
-    return q.new_empty(q.shape), k.new_empty(k.shape), *_side_gradients(q, extras, wanted and dmass is not None)
-
-
-def _row_mass_setup(ctx, inputs, output):
-    extras, ctx.options = _split(inputs[3:])
-    ctx.backend = inputs[-1]
-    ctx.save_for_backward(*inputs[:3], *extras, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _row_mass_autograd(ctx, dmass, dlse):
-    # q, k, positions, groups, weights, sinks, …
-    none = (None,) * (3 + _EXTRAS + _OPTIONS + 1)
-    if dmass is None and dlse is None:
-        return none
-    wanted = ctx.needs_input_grad
-    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
-    weights, sinks = saved[4], saved[5]
-    dq, dk, dweights, dsinks = row_mass_backward_op(dmass, dlse, *saved, *ctx.options, ctx.backend, wanted[4])
-    dweights = dweights.to(weights.dtype) if wanted[4] and dmass is not None else None
-    dsinks = dsinks.to(sinks.dtype) if wanted[5] else None
-    return dq, dk, None, None, dweights, dsinks, *none[6:]
-
-
-row_mass_op.register_autograd(_row_mass_autograd, setup_context=_row_mass_setup)
-
-
-# --- all rows, fused with the attention output -----------------------------------------------------------
-
-
-@library.custom_op("abft::mass_attention", mutates_args=())
-@_exact
-def mass_attention_op(
-    q: Tensor,
-    k: Tensor,
-    v: _OptTensor,
-    groups: _OptTensor,
-    weights: _OptTensor,
-    sinks: _OptTensor,
-    slopes: _OptTensor,
-    starts: _OptTensor,
-    ends: _OptTensor,
-    row_mask: _OptTensor,
-    num_groups: int,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    offset: int,
-    packed: bool,
-    dropout_p: float,
-    seed: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `(B, H, N_q, D_v)`, mass `(B, H, N_q, G)`, LSE `(B, H, N_q)`; no groups is plain attention, no v mass
-    alone."""
-    extras = Extras(groups, weights, sinks, slopes, starts, ends, row_mask)
-    options = Options(num_groups, causal, scale, window, softcap, offset, packed, dropout_p, seed)
-    if backend == "triton":
-        from abft_kernels.triton import forward
-
-        return forward.forward(q, k, v, extras, options)
-    return torch_backend.mass_attention_forward(q, k, v, extras, options)
-
-
-@mass_attention_op.register_fake
-def _(q, k, v, *arguments):
-    _, options = _split(arguments)
-    b, h, n_q, _ = q.shape
-    dtype = _accumulated(q)
-    return (
-        q.new_empty((b, n_q, h, 0 if v is None else v.shape[3])).transpose(1, 2),
-        q.new_empty((b, h, n_q, options.num_groups), dtype=dtype),
-        q.new_empty((b, h, n_q), dtype=dtype),
-    )
-
-
-@library.custom_op("abft::mass_attention_backward", mutates_args=())
-@_exact
-def mass_attention_backward_op(
-    do: _OptTensor,
-    dmass: _OptTensor,
-    dlse: _OptTensor,
-    q: Tensor,
-    k: Tensor,
-    v: _OptTensor,
-    groups: _OptTensor,
-    weights: _OptTensor,
-    sinks: _OptTensor,
-    slopes: _OptTensor,
-    starts: _OptTensor,
-    ends: _OptTensor,
-    row_mask: _OptTensor,
-    out: Tensor,
-    mass: Tensor,
-    lse: Tensor,
-    num_groups: int,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    offset: int,
-    packed: bool,
-    dropout_p: float,
-    seed: int,
-    backend: str,
-    weights_wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dweights, dsinks of :func:`mass_attention_op`; dv is empty without `do`, the last two where not
-    wanted."""
-    extras = Extras(groups, weights, sinks, slopes, starts, ends, row_mask)
-    options = Options(num_groups, causal, scale, window, softcap, offset, packed, dropout_p, seed)
-    if backend == "triton":
-        from abft_kernels.triton import backward
-
-        return backward.backward(do, dmass, dlse, q, k, v, extras, out, mass, lse, options, weights_wanted)
-    return torch_backend.mass_attention_backward(
-        do, dmass, dlse, q, k, v, extras, out, mass, lse, options, weights_wanted
-    )
-
-
-@mass_attention_backward_op.register_fake
-def _(do, dmass, dlse, q, k, v, *arguments):
-    extras, wanted = Extras(*arguments[:_EXTRAS]), arguments[-1]
-    dv = v.new_empty(v.shape) if v is not None and do is not None else q.new_empty((0,))
-    side = _side_gradients(q, extras, wanted and dmass is not None)
-    return q.new_empty(q.shape), k.new_empty(k.shape), dv, *side
-
-
-def _mass_attention_setup(ctx, inputs, output):
-    extras, ctx.options = _split(inputs[3:])
-    ctx.backend = inputs[-1]
-    ctx.save_for_backward(*inputs[:3], *extras, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _mass_attention_autograd(ctx, do, dmass, dlse):
-    # q, k, v, groups, weights, sinks, …
-    none = (None,) * (3 + _EXTRAS + _OPTIONS + 1)
-    if do is None and dmass is None and dlse is None:
-        return none
-    wanted = ctx.needs_input_grad
-    saved = ctx.saved_tensors
-    _, _, v, _, weights, sinks, *_ = saved
-    dq, dk, dv, dweights, dsinks = mass_attention_backward_op(
-        do if v is not None else None, dmass, dlse, *saved, *ctx.options, ctx.backend, wanted[4]
-    )
-    do = do if v is not None else None
-    dv = dv if do is not None else None
-    dweights = dweights.to(weights.dtype) if wanted[4] and dmass is not None else None
-    dsinks = dsinks.to(sinks.dtype) if wanted[5] else None
-    return dq, dk, dv, None, dweights, dsinks, *none[6:]
-
-
-mass_attention_op.register_autograd(_mass_attention_autograd, setup_context=_mass_attention_setup)
+def mass_attention(q: Tensor, k: Tensor, v: Tensor | None, call: Call, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output `(B, H, N_q, D_v)` (empty without v), mass `(B, H, N_q, G)` and LSE `(B, H, N_q)`."""
+    return mass_attention_op(q, k, v, *pack(call), backend)

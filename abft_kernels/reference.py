@@ -12,92 +12,74 @@ no gradient.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from abft_kernels.masking import Masking
 from abft_kernels.philox import dropout_keep
 
 __all__ = ["mass_attention_reference", "row_mass_reference"]
 
 
-def row_positions_of(n_q: int, n_k: int, device: torch.device) -> Tensor:
-    """Key position of each query row when the last query is aligned with the last key, `(n_q,)` int64."""
-    return torch.arange(n_q, device=device) + (n_k - n_q)
-
-
-def _row_bounds(
-    positions: Tensor,
-    n_k: int,
-    seq_lens: Tensor | None,
-    seq_starts: Tensor | None,
-    cu_seqlens: Tensor | None,
-    key_offset: int | None,
-) -> tuple[Tensor, Tensor]:
-    """First and one-past-last position of the sequence that each row `(S, R)` stands in; equal if in none."""
+def _interval(positions: Tensor, present: Tensor, n_k: int, masking: Masking) -> tuple[Tensor, Tensor]:
+    """Return first and one-past-last position of the keys that each row `(S, R)` sees; not ascending: none."""
+    causal, seq_lens, cu_seqlens, offset = masking.causal, masking.seq_lens, masking.cu_seqlens, masking.key_offset or 0
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.long()
-        inside = (positions >= 0) & (positions < cu_seqlens[-1])
         sequence = torch.searchsorted(cu_seqlens, positions.clamp(0).contiguous(), right=True) - 1
         sequence = sequence.clamp(0, len(cu_seqlens) - 2)
         start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
-        return start, torch.where(inside, end, start)
-    if seq_lens is None:
-        return torch.full_like(positions, key_offset or 0), torch.full_like(positions, (key_offset or 0) + n_k)
-    start = torch.zeros_like(seq_lens) if seq_starts is None else seq_starts
-    start, end = (x.long()[:, None].expand_as(positions) for x in (start, start + seq_lens))
-    inside = (positions >= start) & (positions < end)
-    return start, torch.where(inside, end, start)
+    elif seq_lens is not None:
+        start = torch.zeros_like(seq_lens) if masking.seq_starts is None else masking.seq_starts
+        start, end = (x.long()[:, None].expand_as(positions) for x in (start, start + seq_lens))
+    else:
+        start, end = torch.full_like(positions, offset), torch.full_like(positions, offset + n_k)
+    if cu_seqlens is not None or seq_lens is not None:
+        present = present & (positions >= start) & (positions < end)
+    end = torch.where(present, end, start)
+    if causal:
+        end = torch.minimum(end, positions + 1)
+    if masking.window is not None:
+        start = torch.maximum(start, positions - masking.window + 1)
+    return start, end
 
 
 def _weights(key_groups: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
-    """w_jg, `(B, N, G)`."""
+    """Return w_jg, `(B, N, G)`."""
     if key_groups.is_floating_point():
         return key_groups.to(dtype)
     return (key_groups[..., None] == torch.arange(num_groups, device=key_groups.device)).to(dtype)
 
 
 def _probabilities(
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    present: Tensor,
-    *,
-    causal: bool,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seq_lens: Tensor | None,
-    seq_starts: Tensor | None,
-    cu_seqlens: Tensor | None,
-    key_offset: int | None,
+    q: Tensor, k: Tensor, positions: Tensor, present: Tensor, masking: Masking
 ) -> tuple[Tensor, Tensor]:
-    """P `(S, H, R, N)` and LSE `(S, H, R)` of rows at `positions` `(S, R)`."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    """Return P `(S, H, R, N)` and LSE `(S, H, R)` of rows at `positions` `(S, R)`."""
+    scale = q.shape[-1] ** -0.5 if masking.scale is None else masking.scale
     scores = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(-1, -2)) * scale
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    keys = torch.arange(k.shape[2], device=q.device) + (key_offset or 0)
-    rows = positions[:, None, :, None]
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.to(scores.dtype).reshape(-1, q.shape[1], 1, 1)
-        scores = scores - slopes * (rows - keys).abs()
-    start, end = _row_bounds(positions, k.shape[2], seq_lens, seq_starts, cu_seqlens, key_offset)
-    visible = (keys >= start[:, None, :, None]) & (keys < end[:, None, :, None]) & present[:, None, :, None]
-    if causal:
-        visible = visible & (keys <= rows)
-    if window is not None:
-        visible = visible & (keys > rows - window)
-    some = visible.any(-1)
+    keys = torch.arange(k.shape[2], device=q.device) + (masking.key_offset or 0)
+    if masking.softcap is not None:
+        scores = masking.softcap * torch.tanh(scores / masking.softcap)
+    if masking.alibi_slopes is not None:
+        slopes = masking.alibi_slopes.to(scores.dtype).reshape(-1, q.shape[1], 1, 1)
+        scores = scores - slopes * (positions[:, None, :, None] - keys).abs()
+    start, end = _interval(positions, present, k.shape[2], masking)
+    visible = (keys >= start[:, None, :, None]) & (keys < end[:, None, :, None])
     scores = scores.masked_fill(~visible, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
-    if sinks is not None:
-        lse = torch.where(some, torch.logaddexp(lse, sinks.to(lse.dtype)[:, None]), lse)
+    if masking.sinks is not None:
+        lse = torch.where(visible.any(-1), torch.logaddexp(lse, masking.sinks.to(lse.dtype)[:, None]), lse)
     return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]), lse
+
+
+def _consecutive(q: Tensor, k: Tensor, masking: Masking) -> tuple[Tensor, Tensor, int]:
+    """Return positions `(B, N_q)` of consecutive rows, that all are present, and the position of row 0."""
+    first = masking.query_offset
+    if first is None:
+        first = (masking.key_offset or 0) + k.shape[2] - q.shape[2]
+    positions = (torch.arange(q.shape[2], device=q.device) + first).expand(q.shape[0], -1)
+    return positions, torch.ones_like(positions, dtype=torch.bool), first
 
 
 def row_mass_reference(
@@ -121,17 +103,13 @@ def row_mass_reference(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Oracle of :func:`abft_kernels.row_mass`: the same arguments and results, O(R·N) memory."""
+    masking = Masking(causal, scale, window, softcap, sinks, alibi_slopes,
+                      seq_lens, seq_starts, cu_seqlens, key_offset, query_offset)
     if row_positions is None:
-        offset = (key_offset or 0) + k.shape[2] - q.shape[2] if query_offset is None else query_offset
-        positions = (torch.arange(q.shape[2], device=q.device) + offset).expand(q.shape[0], -1)
-        present = torch.ones_like(positions, dtype=torch.bool)
+        positions, present, _ = _consecutive(q, k, masking)
     else:
         positions, present = row_positions.long(), row_positions >= 0
-    probabilities, lse = _probabilities(
-        q, k, positions, present, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
-        alibi_slopes=alibi_slopes, seq_lens=seq_lens, seq_starts=seq_starts, cu_seqlens=cu_seqlens,
-        key_offset=key_offset,
-    )  # fmt: skip
+    probabilities, lse = _probabilities(q, k, positions, present, masking)
     mass = probabilities @ _weights(key_groups, num_groups, probabilities.dtype)[:, None]
     return (mass, lse) if return_lse else mass
 
@@ -165,25 +143,21 @@ def mass_attention_reference(
     In float16 and bfloat16 it rounds where an eager implementation does: scores come out of the product in
     the input dtype, softmax runs in float32, and the probabilities are rounded before they meet V.
     """
-    shared: dict[str, Any] = {
-        "causal": causal, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks,
-        "alibi_slopes": alibi_slopes, "seq_lens": seq_lens, "seq_starts": seq_starts, "cu_seqlens": cu_seqlens,
-        "key_offset": key_offset,
-    }  # fmt: skip
-    n_q, n_k = q.shape[2], k.shape[2]
-    offset = (key_offset or 0) + n_k - n_q if query_offset is None else query_offset
-    positions = (torch.arange(n_q, device=q.device) + offset).expand(q.shape[0], -1)
-    probabilities, lse = _probabilities(q, k, positions, torch.ones_like(positions, dtype=torch.bool), **shared)
+    masking = Masking(causal, scale, window, softcap, sinks, alibi_slopes,
+                      seq_lens, seq_starts, cu_seqlens, key_offset, query_offset)
+    positions, present, first = _consecutive(q, k, masking)
+    probabilities, lse = _probabilities(q, k, positions, present, masking)
     kept = probabilities
     if dropout_p:
         streams = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(q.shape[0], q.shape[1], 1, 1)
-        rows, keys = torch.arange(n_q, device=q.device)[:, None], torch.arange(n_k, device=q.device)
-        kept = kept * dropout_keep(dropout_seed, dropout_p, streams, rows, keys) / (1 - dropout_p)
+        rows, keys = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
+        kept = kept * dropout_keep(dropout_seed, dropout_p, streams, rows[:, None], keys) / (1 - dropout_p)
     out = kept.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     if row_positions is not None:
-        rows = gather_rows(q, row_positions, offset)
+        rows = gather_rows(q, row_positions, first)
+        masking = masking._replace(query_offset=None)
         mass, lse = row_mass_reference(
-            rows, k, key_groups, num_groups, row_positions=row_positions, return_lse=True, **shared
+            rows, k, key_groups, num_groups, row_positions=row_positions, return_lse=True, **masking._asdict()
         )
     else:
         mass = probabilities @ _weights(key_groups, num_groups, probabilities.dtype)[:, None]
@@ -193,7 +167,7 @@ def mass_attention_reference(
 
 
 def gather_rows(q: Tensor, row_positions: Tensor, offset: int) -> Tensor:
-    """Rows of q `(B, H, N_q, D)` at positions `(S, R)`: `(S, H, R, D)`; negative positions give some row.
+    """Return the rows of q `(B, H, N_q, D)` at positions `(S, R)`: `(S, H, R, D)`; negative positions give some row.
 
     `offset` is the position of row 0. S is B, or any number of packed sequences over a batch of 1.
     """

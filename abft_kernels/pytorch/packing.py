@@ -39,7 +39,7 @@ class Padded(NamedTuple):
 
 
 def padded(starts: Tensor, ends: Tensor, length: int) -> Padded | None:
-    """The padded batch of the sequences `starts … ends − 1` of `length` tokens; None if it would be mostly padding,
+    """Return the padded batch of the sequences `starts … ends − 1` of `length` tokens; None if it would be mostly padding,
     or is one sequence."""
     lengths = ends.long() - starts.long()
     longest = int(lengths.amax()) if lengths.numel() else 0

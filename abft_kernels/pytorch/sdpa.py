@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from abft_kernels.spec import Extras, Options
-from abft_kernels.unpacking import padded
+from abft_kernels.call import Call
+from abft_kernels.pytorch.packing import padded
 
 __all__ = ["attention_output", "is_plain"]
 
@@ -15,29 +15,39 @@ __all__ = ["attention_output", "is_plain"]
 _MASKED_ROWS = 128
 
 
-def is_plain(n_q: int, n_k: int, extras: Extras, options: Options, seeded: bool) -> bool:
-    """Whether PyTorch's attention computes this output: causal or full, padded or packed, and nothing else.
+# Fields of a call that do not change the output or that PyTorch's attention can follow; all others must be at their
+# defaults. `row_offset`, `window` and `seed` have conditions of their own.
+_FOLLOWED = {"groups", "weights", "num_groups", "row_mask", "starts", "ends", "packed", "causal", "scale", "dropout_p",
+             "key_offset", "row_offset", "window", "seed"}  # fmt: skip
+_PLAIN = {name: value for name, value in Call._field_defaults.items() if name not in _FOLLOWED}
+
+
+def is_plain(n_q: int, n_k: int, call: Call, seeded: bool) -> bool:
+    """Return True if PyTorch's attention computes this output: causal or full, padded or packed, and nothing else.
 
     `seeded`: dropout by a seed, which PyTorch's kernels do not take.
     """
-    windowed = options.window and options.window < n_k
-    special = options.softcap or extras.sinks is not None or extras.slopes is not None or windowed
-    return not special and options.offset == n_k - n_q and not (options.dropout_p and seeded)
+    for name, plain in _PLAIN.items():
+        value = getattr(call, name)
+        if value is not plain and (isinstance(value, Tensor) or value != plain):
+            return False
+    windowed = call.window and call.window < n_k
+    return not windowed and call.row_offset == n_k - n_q and not (call.dropout_p and seeded)
 
 
 def _zero_outside(x: Tensor, valid: Tensor) -> Tensor:
-    """`(B, H, N, D)` with 0 in the rows that are not `valid` `(B, N)`."""
+    """Return `(B, H, N, D)` with 0 in the rows that are not `valid` `(B, N)`."""
     return x.masked_fill(~valid[:, None, :, None], 0.0)
 
 
 def _roll(x: Tensor, shift: Tensor) -> Tensor:
-    """Rolls each sample of `(B, H, N, D)` left by its own shift `(B,)`."""
+    """Roll each sample of `(B, H, N, D)` left by its own shift `(B,)`."""
     length = x.shape[2]
     index = (torch.arange(length, device=x.device) + shift[:, None]) % length
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options, mask: Tensor | None, causal: bool) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None, causal: bool) -> Tensor:
     # PyTorch falls back to an N × N form where its kernels cannot run: for them the last dimension must be
     # contiguous, and heads equal in number if there is a mask or, on a GPU, in float32. On a CPU its grouped
     # gradients of k and v are summed over the heads in 16 bits, with twice the error.
@@ -48,48 +58,48 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options, mask: Tensor | None
     if group > 1 and not native_gqa:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=options.dropout_p, is_causal=causal, scale=options.scale,
+        q, k, v, attn_mask=mask, dropout_p=call.dropout_p, is_causal=causal, scale=call.scale,
         enable_gqa=native_gqa,
     )  # fmt: skip
 
 
-def attention_output(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -> Tensor:
-    """Output `(B, H, N_q, D_v)` of PyTorch's attention under the same mask; rows outside the sequences are 0."""
-    if options.packed:
-        return _packed(q, k, v, extras, options)
+def attention_output(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    """Return the output `(B, H, N_q, D_v)` of PyTorch's attention under the same mask; rows outside the sequences are 0."""
+    if call.packed:
+        return _packed(q, k, v, call)
     n_q, n_k = q.shape[2], k.shape[2]
-    starts = None if extras.starts is None else extras.starts[:, None]
-    ends = None if extras.ends is None else extras.ends[:, None]
-    return _padded(q, k, v, starts, ends, options, torch.arange(n_q, device=q.device) + (n_k - n_q))
+    starts = None if call.starts is None else call.starts[:, None]
+    ends = None if call.ends is None else call.ends[:, None]
+    return _padded(q, k, v, starts, ends, call, torch.arange(n_q, device=q.device) + (n_k - n_q))
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -> Tensor:
-    assert extras.starts is not None
-    assert extras.ends is not None
-    batch = padded(extras.starts, extras.ends, q.shape[2]) if options.causal else None
-    if batch is not None:  # padding stands behind a sequence, where no row of it looks
-        out = _sdpa(batch.spread(q), batch.spread(k), batch.spread(v), options, None, True)
+def _packed(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    assert call.starts is not None
+    assert call.ends is not None
+    batch = padded(call.starts, call.ends, q.shape[2]) if call.causal else None
+    if batch is not None:  # padding stands after a sequence, where no row of it looks
+        out = _sdpa(batch.spread(q), batch.spread(k), batch.spread(v), call, None, True)
         return batch.join(out, q.shape[2])
     pieces = []
-    for start, end in zip(extras.starts.tolist(), extras.ends.tolist(), strict=True):
+    for start, end in zip(call.starts.tolist(), call.ends.tolist(), strict=True):
         one = slice(start, end)
         if end > start:
-            pieces.append(_sdpa(q[:, :, one], k[:, :, one], v[:, :, one], options, None, options.causal))
+            pieces.append(_sdpa(q[:, :, one], k[:, :, one], v[:, :, one], call, None, call.causal))
     covered = sum(piece.shape[2] for piece in pieces)
     pieces.append(q.new_zeros((q.shape[0], q.shape[1], q.shape[2] - covered, v.shape[3])))
     return torch.cat(pieces, dim=2)
 
 
 def _padded(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, ends: Tensor | None, options: Options, positions: Tensor
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, ends: Tensor | None, call: Call, positions: Tensor
 ) -> Tensor:
     """Padding needs no N × N mask: after each sample is rolled to the left edge, plain causal attention is exact
     for its tokens. Queries shorter than the keys are masked explicitly while that costs O(N), and squared with
     absent rows otherwise. `starts` and `ends` `(B, 1)`, `positions` `(N_q,)`.
     """
-    n_q, n_k, causal = q.shape[2], k.shape[2], options.causal
+    n_q, n_k, causal = q.shape[2], k.shape[2], call.causal
     if causal and n_q > n_k:  # the surplus leading rows see no key
-        seen = _padded(q[:, :, n_q - n_k :], k, v, starts, ends, options, positions[n_q - n_k :])
+        seen = _padded(q[:, :, n_q - n_k :], k, v, starts, ends, call, positions[n_q - n_k :])
         return torch.cat([seen.new_zeros((*q.shape[:2], n_q - n_k, v.shape[3])), seen], dim=2)
     valid = torch.ones((q.shape[0], n_q), dtype=torch.bool, device=q.device)
     if ends is not None:
@@ -100,24 +110,24 @@ def _padded(
         q, k, v = _zero_outside(q, valid), _zero_outside(k, own), _zero_outside(v, own)
     if not causal or n_q == 1 or (n_q < n_k and n_q <= _MASKED_ROWS):
         mask = _explicit_mask(positions, starts, ends, valid, n_k, causal and n_q > 1)
-        out = _sdpa(q, k, v, options, mask, False)
+        out = _sdpa(q, k, v, call, mask, False)
     elif n_q < n_k:
         square = F.pad(q, (0, 0, n_k - n_q, 0))
-        out = _padded(square, k, v, starts, ends, options, torch.arange(n_k, device=q.device))
+        out = _padded(square, k, v, starts, ends, call, torch.arange(n_k, device=q.device))
         return out[:, :, n_k - n_q :]
     elif starts is None:
-        out = _sdpa(q, k, v, options, None, True)
+        out = _sdpa(q, k, v, call, None, True)
     else:
         shift = starts[:, 0].long()
         q, k, v = (_roll(x, shift) for x in (q, k, v))
-        out = _roll(_sdpa(q, k, v, options, None, True), -shift)
+        out = _roll(_sdpa(q, k, v, call, None, True), -shift)
     return out if ends is None else out.masked_fill(~valid[:, None, :, None], 0.0)
 
 
 def _explicit_mask(
     positions: Tensor, starts: Tensor | None, ends: Tensor | None, valid: Tensor, n_k: int, causal: bool
 ) -> Tensor | None:
-    """Bool `(B or 1, 1, 1 or N_q, N_k)`; None where every key is seen. Absent rows see all keys, which keeps the
+    """Return bool `(B or 1, 1, 1 or N_q, N_k)`; None where every key is seen. Absent rows see all keys, which keeps the
     softmax finite; their output is replaced afterwards."""
     if ends is None and not causal:
         return None

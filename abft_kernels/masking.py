@@ -1,0 +1,179 @@
+"""The masking arguments that the public functions share, and their checks.
+
+A new kind of mask starts here: its argument in :class:`Masking`, its check in :func:`check_masking`, its field in
+:class:`abft_kernels.call.Call`. Errors name the value received and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+__all__ = ["Keywords", "Masking", "Sequences", "check_masking", "check_sequences", "values_readable"]
+
+
+class Masking(NamedTuple):
+    """The shared arguments as the caller gave them; :func:`abft_kernels.mass_attention` documents them."""
+
+    causal: bool = True
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    seq_lens: Tensor | None = None
+    seq_starts: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    key_offset: int | None = None
+    query_offset: int | None = None
+
+    @property
+    def sharded(self) -> bool:
+        return self.key_offset is not None or self.query_offset is not None
+
+
+class Keywords(TypedDict, total=False):
+    """The same arguments for overloads, whose signatures would repeat them."""
+
+    causal: bool
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+    seq_lens: Tensor | None
+    seq_starts: Tensor | None
+    cu_seqlens: Tensor | None
+    key_offset: int | None
+    query_offset: int | None
+
+
+class Sequences(NamedTuple):
+    count: int
+    starts: Tensor | None  # (count,) int32, from key 0 of this call; None: 0
+    ends: Tensor | None  # (count,) int32: one past the last position; None: all keys
+
+
+def values_readable(tensor: Tensor) -> bool:
+    """True if values can be checked: reading those of a CUDA tensor would stall the stream in every layer."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
+
+
+def check_masking(masking: Masking, q: Tensor) -> dict[str, float | int | bool | Tensor | None]:
+    """Return the fields of `Call` that say which keys of its sequence a row sees, and how it scores them."""
+    causal, scale, window, softcap = masking[:4]
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}; None means 1/sqrt(head_dim)")
+    if window is not None:
+        if not isinstance(window, int) or window < 1:
+            raise ValueError(
+                f"window must be an int ≥ 1 (keys that a row sees, its own included) or None, got {window!r}"
+            )
+        if not causal:
+            raise ValueError(f"window={window} needs causal=True: it ends at the row's own position")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be a finite number > 0 or None, got {softcap!r}")
+    return {
+        "causal": causal,
+        "window": window or 0,
+        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+        "softcap": float(softcap or 0.0),
+        "sinks": _check_sinks(masking.sinks, q),
+        "slopes": _check_slopes(masking.alibi_slopes, q),
+    }
+
+
+def _check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
+    if sinks is None:
+        return None
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point() or tuple(sinks.shape) != (q.shape[1],):
+        got = tuple(sinks.shape) if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise ValueError(f"sinks must be a floating-point tensor of shape (heads,) = ({q.shape[1]},), got {got}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks is on {sinks.device} but the queries are on {q.device}; move it there")
+    return sinks.contiguous()
+
+
+def _check_slopes(slopes: Tensor | None, q: Tensor) -> Tensor | None:
+    """Return `(B, H)` in the accumulation dtype."""
+    if slopes is None:
+        return None
+    expected = ((q.shape[1],), (q.shape[0], q.shape[1]))
+    if not isinstance(slopes, Tensor) or not slopes.is_floating_point() or tuple(slopes.shape) not in expected:
+        got = tuple(slopes.shape) if isinstance(slopes, Tensor) else type(slopes).__name__
+        raise ValueError(
+            f"alibi_slopes must be a floating-point tensor of shape {expected[0]} or {expected[1]}, got {got}"
+        )
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes has no gradient here; pass alibi_slopes.detach()")
+    if slopes.device != q.device:
+        raise ValueError(f"alibi_slopes is on {slopes.device} but the queries are on {q.device}; move it there")
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return slopes.to(dtype).expand(q.shape[0], q.shape[1]).contiguous()
+
+
+def check_sequences(masking: Masking, batch: int, n_q: int | None, n_k: int) -> Sequences:
+    """Return the sequences among the keys; `n_q` None: the rows have positions of their own."""
+    if masking.cu_seqlens is not None:
+        return _check_packed(masking, masking.cu_seqlens, n_q, n_k)
+    if masking.seq_lens is not None:
+        return _check_padded(masking, masking.seq_lens, batch, n_q, n_k)
+    if masking.seq_starts is not None:
+        raise ValueError("seq_starts needs seq_lens: pass the number of tokens of each sample too")
+    return Sequences(batch, None, None)
+
+
+def _check_packed(masking: Masking, cu_seqlens: Tensor, n_q: int | None, n_k: int) -> Sequences:
+    for name in ("seq_lens", "seq_starts", "key_offset", "query_offset"):
+        if getattr(masking, name) is not None:
+            raise ValueError(
+                f"cu_seqlens and {name} exclude each other: packed sequences have no padding and no shards"
+            )
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"cu_seqlens must be an int32 or int64 tensor, got {getattr(cu_seqlens, 'dtype', type(cu_seqlens))}"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
+    if n_q is not None and n_q != n_k:
+        raise ValueError(f"cu_seqlens packs queries and keys alike, got {n_q} queries and {n_k} keys")
+    if values_readable(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > n_k:
+            raise ValueError(
+                f"cu_seqlens must start at 0, never fall and end within the {n_k} tokens, got {bounds}"
+            )
+    edges = cu_seqlens.to(torch.int32)
+    return Sequences(edges.shape[0] - 1, edges[:-1].contiguous(), edges[1:].contiguous())
+
+
+def _check_padded(masking: Masking, seq_lens: Tensor, batch: int, n_q: int | None, n_k: int) -> Sequences:
+    starts = masking.seq_starts
+    for name, x in (("seq_lens", seq_lens), ("seq_starts", starts)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be an int32 or int64 tensor, got {getattr(x, 'dtype', type(x))}")
+        if tuple(x.shape) != (batch,):
+            raise ValueError(f"{name} must have shape (batch={batch},), got {tuple(x.shape)}")
+    if not masking.causal and not masking.sharded and n_q is not None and n_q != n_k:
+        raise ValueError(
+            f"seq_lens with causal=False needs as many queries as keys, got {n_q} and {n_k}: padded query "
+            "rows are told by their position"
+        )
+    ends = seq_lens if starts is None else starts + seq_lens
+    if values_readable(ends) and batch:
+        low = min(*seq_lens.tolist(), 0, *([] if starts is None else starts.tolist()))
+        if low < 0 or (not masking.sharded and max(ends.tolist()) > n_k):
+            raise ValueError(
+                f"seq_lens {seq_lens.tolist()} (from seq_starts {0 if starts is None else starts.tolist()}) "
+                f"must lie within the {n_k} keys"
+            )
+    if masking.key_offset:
+        starts = -masking.key_offset + (torch.zeros_like(ends) if starts is None else starts)
+        ends = ends - masking.key_offset
+    starts = None if starts is None else starts.to(torch.int32).contiguous()
+    return Sequences(batch, starts, ends.to(torch.int32).contiguous())
