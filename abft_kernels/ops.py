@@ -113,11 +113,6 @@ def _define(operator: Operator) -> tuple[Any, Any]:
         made = _fake_gradients(dict(zip(inputs, tensors, strict=True)), call, grads, arguments[-1])
         return tuple(made[argument] for argument in operator.gradients)
 
-    def setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-        ctx.plain = inputs[-3:]
-        ctx.save_for_backward(*inputs[:-3], *output)
-        ctx.set_materialize_grads(False)
-
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads):
             return (None,) * len(names)
@@ -141,10 +136,29 @@ def _define(operator: Operator) -> tuple[Any, Any]:
             for argument in names
         )
 
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*arguments)
+            ctx.plain = arguments[-3:]
+            ctx.save_for_backward(*arguments[:-3], *output)
+            ctx.set_materialize_grads(False)
+            return output
+
+        backward = staticmethod(differentiate)
+
+    def autograd(*arguments: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:-3]):
+            return Function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
     for registered, kernel, shapes in ((op, forward, fake), (backward_op, backward, fake_backward)):
         _LIBRARY.impl(registered, kernel, "CompositeExplicitAutograd")
         library.register_fake(registered, shapes, lib=_LIBRARY)
-    library.register_autograd(op, differentiate, setup_context=setup, lib=_LIBRARY)
+    # In place of `register_autograd`, which fills in the defaults of the schema in every call, slowly.
+    _LIBRARY.impl(op, autograd, "Autograd")
     return op, backward_op
 
 

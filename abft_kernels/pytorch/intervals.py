@@ -33,40 +33,45 @@ class Interval(NamedTuple):
 
     def absent(self) -> Tensor | None:
         """Return a bool mask `(b, r)` of the rows that see no key; None: every row sees one."""
-        if self.high is None:
-            return None
-        empty = self.high <= (0 if self.low is None else self.low)
-        # Reading a value stalls the stream of a GPU.
-        return empty if empty.device.type != "cpu" or empty.any() else None
+        return None if self.high is None else self.high <= (0 if self.low is None else self.low)
 
-    def reach(self, keys: slice) -> slice:
-        """Return the part of `keys`, not empty, that some row sees; `keys` itself where reading bounds costs much."""
-        if self.high is None or self.high.device.type != "cpu" or self.high.numel() == 0:
-            return keys
+    def survey(self, keys: slice) -> tuple[slice, bool, bool]:
+        """Return the part of `keys`, not empty, that some row sees, and whether some row is absent, or sees less.
+
+        Reading bounds would stall the stream of a GPU: there all keys, True and True stand for unknown.
+        """
+        if self.high is None:
+            return keys, False, False
+        if self.high.device.type != "cpu" or self.high.numel() == 0:
+            return keys, True, True
         if self.low is None:
-            return slice(keys.start, max(int(self.high.amax()), keys.start + 1))
+            least, most = (int(x) for x in self.high.aminmax())
+            reach = slice(keys.start, max(most, keys.start + 1))
+            return reach, least <= 0, least < reach.stop
         some = self.low < self.high
         first = int(torch.where(some, self.low, keys.stop).amin())
         last = int(torch.where(some, self.high, keys.start).amax())
         first = min(max(first, keys.start), keys.stop - 1)
-        return slice(first, max(last, first + 1))
+        return slice(first, max(last, first + 1)), not bool(some.all()), True
 
 
-def key_interval(positions: Tensor, call: Call, n_k: int, start: Tensor | None, end: Tensor | int) -> Interval:
-    """Return the interval of each row at `positions` `(b, r)`, `ABSENT` or counted from key 0.
+def key_interval(positions: Tensor, call: Call, n_k: int, start: Tensor | None, end: Tensor | None) -> Interval:
+    """Return the interval of each row at `positions` `(b, r)`, counted from key 0; before key 0 may mean absent.
 
-    Its sequence holds keys `start … end − 1`, `(b, 1)` or one number; `start` None: no key before is in question.
+    Its sequence holds keys `start … end − 1`, `(b, 1)`; None: the first key, and one after the last.
     """
-    low, high = start, torch.as_tensor(end, device=positions.device)
-    if call.causal:
-        high = torch.minimum(high, positions + 1)
+    if end is None:
+        if call.causal:
+            high = (positions + 1).clamp_(0, n_k)  # an absent row has no key before it
+        else:
+            high = torch.where(positions == ABSENT, 0, n_k)
+    else:
+        high = torch.minimum(end, positions + 1) if call.causal else end
+        outside = (positions < (0 if start is None else start)) | (positions >= end)
+        # Bounds of a shard's sequences reach beyond its keys.
+        high = high.clamp(max=n_k).masked_fill(outside, 0)
+    low = start
     if call.window:
         first = positions - (call.window - 1)
         low = first if low is None else torch.maximum(low, first)
-    outside = positions == ABSENT
-    if call.ends is not None:
-        outside = outside | (positions >= end)
-        outside = outside | (positions < (0 if start is None else start))
-    # Bounds of a shard's sequences reach beyond its keys.
-    high = high.clamp(max=n_k).masked_fill(outside, 0)
     return Interval(None if low is None else low.clamp(min=0).expand_as(positions), high)

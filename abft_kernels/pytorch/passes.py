@@ -12,14 +12,16 @@ from torch import Tensor
 from abft_kernels.call import Call, Gradients
 from abft_kernels.merging import sink_gradient
 from abft_kernels.pytorch.packing import Padded, padded
-from abft_kernels.pytorch.scores import ABSENT, Piece, Scores
+from abft_kernels.pytorch.scores import ABSENT, Scores
 
 __all__ = ["backward", "forward", "row_backward", "row_forward"]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Return output `(B, H, N_q, D_v)` (empty without v), mass and LSE of every row."""
-    return _forward(Scores(q, k, v, _all_positions(q, call), call, True), q, v)
+    batch, heads, n_q, _ = q.shape
+    out = q.new_zeros((batch, n_q, heads, 0 if v is None else v.shape[3])).transpose(1, 2)
+    return out, *_forward(Scores(q, k, v, _all_positions(q, call), call, True), out)
 
 
 def row_forward(q: Tensor, k: Tensor, positions: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -27,7 +29,7 @@ def row_forward(q: Tensor, k: Tensor, positions: Tensor, call: Call) -> tuple[Te
     positions = _from_key_0(positions, call)
     if (batch := _as_batch(k, positions, call)) is not None:
         _, k, positions, call = batch
-    return _forward(Scores(q, k, None, positions, call, False), q, None)[1:]
+    return _forward(Scores(q, k, None, positions, call, False), None)
 
 
 def backward(
@@ -78,7 +80,9 @@ def _all_positions(q: Tensor, call: Call) -> Tensor:
 
 def _from_key_0(positions: Tensor, call: Call) -> Tensor:
     positions = positions.long()
-    return torch.where(positions < 0, ABSENT, positions - call.key_offset if call.key_offset else positions)
+    if not call.key_offset and (call.causal or call.ends is not None):
+        return positions  # a row before key 0 sees no key in any case
+    return torch.where(positions < 0, ABSENT, positions - call.key_offset)
 
 
 def _as_batch(k: Tensor, positions: Tensor, call: Call) -> tuple[Padded, Tensor, Tensor, Call] | None:
@@ -100,29 +104,27 @@ def _as_batch(k: Tensor, positions: Tensor, call: Call) -> tuple[Padded, Tensor,
     return batch, batch.spread(k), positions, call
 
 
-def _forward(rows: Scores, q: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, n_q, _ = q.shape
-    call = rows.call
+def _forward(rows: Scores, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return mass and LSE; fill `out`, where values are given."""
+    call, shape = rows.call, rows.q.shape[:3]
     # Rows in no piece, those after packed sequences, stay as they are filled here.
-    out = q.new_zeros((batch, n_q, heads, 0 if v is None else v.shape[3])).transpose(1, 2)
-    mass = q.new_zeros((batch, heads, n_q, call.num_groups), dtype=rows.dtype)
-    lse = q.new_full((batch, heads, n_q), float("-inf"), dtype=rows.dtype)
-    if rows.num_keys == 0 or batch == 0:
-        return out, mass, lse
+    mass = Total((*shape, call.num_groups), rows.dtype, rows.q.device)
+    lse = Total(shape, rows.dtype, rows.q.device, float("-inf"))
     for piece in rows.pieces():
+        place = (piece.samples, slice(None), piece.rows)
         scores, _ = rows.scores(rows.queries(piece), rows.keys_of(rows.k, piece), piece)
         piece_lse = rows.lse(scores)
         probabilities = _probabilities(scores, piece_lse)
-        lse[piece.samples, :, piece.rows] = rows.unpack(piece_lse)
+        lse.put(place, rows.unpack(piece_lse))
         if (weights := rows.weights_of(piece)) is not None:
-            mass[piece.samples, :, piece.rows] = rows.unpack(probabilities @ weights)
-        if rows.v is not None:
+            mass.put(place, rows.unpack(probabilities @ weights))
+        if out is not None and rows.v is not None:
             if (keep := rows.keep(piece)) is not None:
                 probabilities = probabilities.mul_(keep)
-            out[piece.samples, :, piece.rows] = rows.unpack(probabilities @ rows.keys_of(rows.v, piece)).to(out.dtype)
+            out[place] = rows.unpack(probabilities @ rows.keys_of(rows.v, piece)).to(out.dtype)
     if call.row_mask is not None:
-        mass = mass.masked_fill_(call.row_mask[:, None, :, None] == 0, 0.0)
-    return out, mass, lse
+        mass.value().masked_fill_(call.row_mask[:, None, :, None] == 0, 0.0)
+    return mass.value(), lse.value()
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
@@ -139,39 +141,39 @@ def _backward(
     """dS = P·(Z dO·V + Σ_g dmass_g w_g − δ)·(1 − tanh²), δ = Σ dO·O + Σ_g dmass_g mass_g − dlse."""
     call, lse = rows.call, results[2]
     do, dmass, delta = _row_terms(rows, incoming, results)
-    dq = torch.zeros_like(rows.q, memory_format=torch.contiguous_format)
-    dk, dv, dw = (_Total(x, rows.dtype) for x in (rows.k, rows.v if do is not None else None, rows.weights))
+    device = lse.device
+    dq, dk = Total(rows.q.shape, rows.q.dtype, device), Total(rows.k.shape, rows.dtype, device)
+    dv = Total((0,) if do is None or rows.v is None else rows.v.shape, rows.dtype, device)
     want_dw = weights_wanted and call.weights is not None and dmass is not None
-    for piece in rows.pieces() if rows.num_keys and rows.batch else ():
+    dw = Total(call.weights.shape if want_dw and call.weights is not None else (0,), rows.dtype, device)
+    for piece in rows.pieces():
         queries, keys = rows.queries(piece), rows.keys_of(rows.k, piece)
+        of_keys = (piece.key_samples, slice(None), piece.keys)
         scores, capped = rows.scores(queries, keys, piece)
         p = _probabilities(scores, rows.rows_of(lse, piece))
-        slope = rows.rows_of(delta, piece)[..., None].neg()
+        slope = rows.rows_of(delta, piece)[..., None]
         if dmass is not None and (weights := rows.weights_of(piece)) is not None:
             piece_dmass = rows.rows_of(dmass, piece)
-            slope = (piece_dmass @ weights.transpose(-1, -2)).add_(slope)
+            slope = (piece_dmass @ weights.transpose(-1, -2)).sub_(slope)
             if want_dw:
-                dw.add(piece, (piece.key_samples, piece.keys), (p.transpose(-1, -2) @ piece_dmass).sum(1))
+                dw.add((piece.key_samples, piece.keys), (p.transpose(-1, -2) @ piece_dmass).sum(1))
+        else:
+            slope = slope.neg()
         if do is not None and rows.v is not None:
             piece_do, keep = rows.rows_of(do, piece), rows.keep(piece)
             dp = piece_do @ rows.keys_of(rows.v, piece).transpose(-1, -2)
             kept = p
             if keep is not None:
                 kept, dp = p * keep, dp.mul_(keep)
-            dv.add(piece, (piece.key_samples, slice(None), piece.keys), kept.transpose(-1, -2) @ piece_do)
+            dv.add(of_keys, kept.transpose(-1, -2) @ piece_do)
             slope = dp.add_(slope)
         ds = p.mul_(slope) if capped is None else p.mul_(slope).mul_(1 - capped.square())
-        dq[piece.samples, :, piece.rows] = rows.unpack((ds @ keys).mul_(call.scale)).to(dq.dtype)
+        part = rows.unpack((ds @ keys).mul_(call.scale)).to(rows.q.dtype)
+        dq.put((piece.samples, slice(None), piece.rows), part)
         part = (ds.transpose(-1, -2) @ queries).mul_(call.scale)
-        dk.add(piece, (piece.key_samples, slice(None), piece.keys), part)
-    nothing = torch.zeros(0, dtype=rows.dtype, device=lse.device)
-    return Gradients(
-        dq=dq,
-        dk=dk.value().to(rows.k.dtype),
-        dv=nothing if do is None else dv.value().to(rows.q.dtype),
-        dweights=dw.value() if want_dw else nothing,
-        dsinks=nothing if call.sinks is None else sink_gradient(call.sinks, lse, delta),
-    )
+        dk.add(of_keys, part)
+    dsinks = lse.new_zeros(0) if call.sinks is None else sink_gradient(call.sinks, lse, delta)
+    return Gradients(dq.value(), dk.value().to(rows.k.dtype), dv.value().to(rows.q.dtype), dw.value(), dsinks)
 
 
 def _row_terms(
@@ -182,35 +184,44 @@ def _row_terms(
     """Return dO and dmass with 0 in rows that do not count (None: absent), and δ `(B, H, R)`."""
     (do, dmass, dlse), (out, mass, lse) = incoming, results
     absent = lse == float("-inf")
-    delta = torch.zeros_like(lse) if dlse is None else -dlse
+    delta = None if dlse is None else -dlse
     if dmass is not None and rows.weights is not None:
         unwanted = absent if rows.call.row_mask is None else absent | (rows.call.row_mask[:, None] == 0)
         dmass = dmass.masked_fill(unwanted[..., None], 0.0)
-        delta = delta + (dmass * mass).sum(-1)
+        delta = _plus(delta, (dmass * mass).sum(-1))
     else:
         dmass = None
     if do is not None and out is not None:
         do = do.masked_fill(absent[..., None], 0.0)
-        delta = delta + (do.to(rows.dtype) * out.to(rows.dtype)).sum(-1)
-    return do, dmass, delta.masked_fill(absent, 0.0)
+        delta = _plus(delta, (do.to(rows.dtype) * out.to(rows.dtype)).sum(-1))
+    return do, dmass, torch.zeros_like(lse) if delta is None else delta.masked_fill_(absent, 0.0)
 
 
-class _Total:
-    """The sum over pieces of the gradient of `x`; a piece that holds all of it is that sum, without a copy."""
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
 
-    def __init__(self, x: Tensor | None, dtype: torch.dtype):
-        self._x, self._dtype = x, dtype
-        self._sum: Tensor | None = None
 
-    def add(self, piece: Piece, place: tuple[slice, ...], part: Tensor) -> None:
-        assert self._x is not None
-        if self._sum is None and part.shape == self._x.shape:
-            self._sum = part
-            return
-        self.value()[place] += part
+class Total:
+    """A tensor made of the parts that pieces give; a part that is all of it is that tensor, without a copy."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fill: float = 0.0):
+        self._shape, self._new = shape, (fill, dtype, device)
+        self._value: Tensor | None = None
+
+    def put(self, place: tuple[slice, ...], part: Tensor) -> None:
+        if self._value is None and part.shape == self._shape:
+            self._value = part.contiguous()
+        else:
+            self.value()[place] = part
+
+    def add(self, place: tuple[slice, ...], part: Tensor) -> None:
+        if self._value is None and part.shape == self._shape:
+            self._value = part.contiguous()
+        else:
+            self.value()[place] += part
 
     def value(self) -> Tensor:
-        assert self._x is not None
-        if self._sum is None:
-            self._sum = torch.zeros(self._x.shape, dtype=self._dtype, device=self._x.device)
-        return self._sum
+        if self._value is None:
+            fill, dtype, device = self._new
+            self._value = torch.full(self._shape, fill, dtype=dtype, device=device)
+        return self._value

@@ -28,7 +28,15 @@ class Piece(NamedTuple):
     rows: slice
     keys: slice
     interval: Interval
-    absent: Tensor | None  # (b, r) bool
+    absent: Tensor | None  # (b, r) bool; None: no row is
+    hides: bool  # some row does not see all of `keys`
+
+
+def _part(x: Tensor, samples: slice, rows: slice) -> Tensor:
+    """Return `x[samples, :, rows]`, without the cost of slicing where that is all of x."""
+    if samples.start == rows.start == 0 and (samples.stop, rows.stop) == (x.shape[0], x.shape[2]):
+        return x
+    return x[samples, :, rows]
 
 
 class Scores:
@@ -57,6 +65,7 @@ class Scores:
         """Return `(B, 1, N, 1)` bool: keys that belong to no sequence; None if there are none."""
         keys = torch.arange(self.num_keys, device=self.q.device)
         start, end = self._bounds()
+        assert end is not None
         outside = keys >= end if start is None else (keys < start) | (keys >= end)
         outside = outside[:, None, :, None]
         return outside if not self.on_cpu or outside.any() else None
@@ -70,24 +79,26 @@ class Scores:
         index = torch.arange(self.call.num_groups, device=groups.device, dtype=groups.dtype)
         return (groups[:, :, None] == index).to(self.dtype)
 
-    def _bounds(self) -> tuple[Tensor | None, Tensor | int]:
-        """Return start and end of each sequence, `(S, 1)` int64; None and the number of keys: one sequence."""
+    def _bounds(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return start and end of each sequence, `(S, 1)` int64; None: the first key, and one after the last."""
         starts, ends = self.call.starts, self.call.ends
         return (
             None if starts is None else starts.long()[:, None],
-            self.num_keys if ends is None else ends.long()[:, None],
+            None if ends is None else ends.long()[:, None],
         )
 
     def pieces(self) -> Iterator[Piece]:
         """Yield pieces that cover every row of a sequence once."""
+        if not self.batch or not self.num_keys:
+            return
         everything, keys = slice(0, self.num_rows), slice(0, self.num_keys)
         start, end = self._bounds()
         if not self.call.packed:
             interval = key_interval(self.positions, self.call, self.num_keys, start, end)
             yield from self._steps(interval, slice(0, self.batch), None, everything, keys)
             return
-        assert isinstance(start, Tensor)
-        assert isinstance(end, Tensor)
+        assert start is not None
+        assert end is not None
         for s, (low, high) in enumerate(zip(start[:, 0].tolist(), end[:, 0].tolist(), strict=True)):
             if high <= low:
                 continue
@@ -106,26 +117,27 @@ class Scores:
         for first in range(rows.start, rows.stop, step):
             chunk = slice(first, min(first + step, rows.stop))
             here = slice(chunk.start - rows.start, chunk.stop - rows.start)
-            reach = interval.select(slice(None), here).reach(keys)
+            part = interval if chunk == rows else interval.select(slice(None), here)
+            reach, absent, hides = part.survey(keys)
             some = max(1, _CACHED_ELEMENTS // (per_row * (chunk.stop - first))) if self.on_cpu else count
             for low in range(0, count, some):
-                part = interval.select(slice(low, low + some), here)
                 own = slice(samples.start + low, min(samples.start + low + some, samples.stop))
-                yield Piece(own, key_samples or own, chunk, reach, part, part.absent())
+                mine = part if some >= count else part.select(slice(low, low + some), slice(None))
+                yield Piece(own, key_samples or own, chunk, reach, mine, mine.absent() if absent else None, hides)
 
     def rows_of(self, x: Tensor, piece: Piece) -> Tensor:
         """`(B, H, R, …)` → `(b, H_kv, group·r, …)`: the rows of one piece, in the accumulation dtype."""
-        x = x[piece.samples, :, piece.rows].to(self.dtype)
+        x = _part(x, piece.samples, piece.rows).to(self.dtype)
         return x.reshape(x.shape[0], self.kv_heads, self.group * x.shape[2], *x.shape[3:])
 
     def queries(self, piece: Piece) -> Tensor:
-        q = self.q[piece.samples, :, piece.rows]
+        q = _part(self.q, piece.samples, piece.rows)
         if piece.absent is not None:
             q = q.masked_fill(piece.absent[:, None, :, None], 0.0)
         return q.to(self.dtype).reshape(q.shape[0], self.kv_heads, -1, self.head_dim)
 
     def keys_of(self, x: Tensor, piece: Piece) -> Tensor:
-        return x[piece.key_samples, :, piece.keys].to(self.dtype)
+        return _part(x, piece.key_samples, piece.keys).to(self.dtype)
 
     def weights_of(self, piece: Piece) -> Tensor | None:
         return None if self.weights is None else self.weights[piece.key_samples, piece.keys][:, None]
@@ -143,7 +155,7 @@ class Scores:
             position = self.positions[piece.samples, piece.rows]
             index = torch.arange(piece.keys.start, piece.keys.stop, device=scores.device)
             spread -= slopes * (position[..., None] - index).abs()[:, None, None]
-        hidden = piece.interval.hidden(piece.keys)
+        hidden = piece.interval.hidden(piece.keys) if piece.hides else None
         if hidden is not None:
             spread.masked_fill_(hidden[:, None, None], float("-inf"))
         return scores, capped

@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 _PADDING = ("left", "right", "empty")
 _LAYOUTS = ("bnhd", "sliced", "strided", "expanded")
 # sinks; alibi: slopes; packed: `batch` sequences in one; drop: dropout by a seed; wanted: a mask of rows; weighted: key
-# weights in place of groups; shard: the keys are part of more, the queries stand before, in and behind them; alone:
+# weights in place of groups; shard: the keys are part of more, the queries stand before, in and after them; alone:
 # mass of all rows without values.
 FEATURES = ("sinks", "alibi", "packed", "drop", "wanted", "weighted", "shard", "alone")
 DRAWS = (1, 8, 64)

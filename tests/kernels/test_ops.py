@@ -8,9 +8,16 @@ from harness import Case, make_inputs, run
 from torch import library
 
 from abft_kernels import attention, mass_attention, mass_attention_reference, ops, row_mass, row_mass_reference
-from abft_kernels.spec import Extras, Options
+from abft_kernels.call import Call, pack
 
 BACKENDS = ["triton", "torch"]
+# The function that the backward operator calls.
+TARGETS = {
+    ("torch", "_ROWS"): ("abft_kernels.pytorch.passes", "row_backward"),
+    ("torch", "_FUSED"): ("abft_kernels.pytorch.passes", "backward"),
+    ("triton", "_ROWS"): ("abft_kernels.triton.rows", "backward"),
+    ("triton", "_FUSED"): ("abft_kernels.triton.backward", "backward"),
+}
 
 
 # As much as one case may have; alone: no values.
@@ -24,7 +31,7 @@ FUSED = [
 
 
 def _arguments(name, device, backend):
-    """Positional arguments of the operator for a case: the heads, Extras, Options, backend."""
+    """Return the positional arguments of the operator for a case: three tensors, the packed call, the backend."""
     case = Case.parse(name)
     inputs = make_inputs(case, device)
     heads = [x.requires_grad_() for x in inputs.heads.values()]
@@ -39,21 +46,19 @@ def _arguments(name, device, backend):
         ends = starts + given["seq_lens"].int()
     weights = inputs.extras.get("weights")
     slopes = given.get("alibi_slopes")
-    extras = Extras(
+    call = Call(
         groups=None if weights is not None else inputs.groups,
         weights=None if weights is None else weights.requires_grad_(),
         sinks=inputs.extras["sinks"].requires_grad_() if "sinks" in inputs.extras else None,
         slopes=None if slopes is None else slopes.float().expand(heads[0].shape[0], -1).contiguous(),
         starts=starts, ends=ends,
         row_mask=given["row_mask"].to(torch.uint8) if "row_mask" in given else None,
-    )  # fmt: skip
-    options = Options(
         num_groups=2, scale=0.25, window=case.window or 0, softcap=case.softcap or 0.0, packed=case.has("packed"),
         dropout_p=given.get("dropout_p", 0.0), seed=given.get("dropout_seed", 0),
     )  # fmt: skip
     if case.rows:
         heads.append(inputs.arguments["row_positions"].int())
-    return [*heads, *extras, *options, backend]
+    return [*heads, *pack(call), backend]
 
 
 def _detached(arguments):
@@ -68,7 +73,7 @@ def test_opcheck_row_mass(case, backend, device):
     plain = _detached(arguments)
     results = ops.row_mass_op(*plain)
     for incoming in ([torch.ones_like(x) for x in results], [None, torch.ones_like(results[1])]):
-        library.opcheck(ops.row_mass_backward_op, (*incoming, *plain[:10], *results, *plain[10:], True))
+        library.opcheck(ops.row_mass_backward_op, (*incoming, *plain, *results, True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -80,7 +85,7 @@ def test_opcheck_mass_attention(case, backend, device):
     results = ops.mass_attention_op(*plain)
     incoming = [torch.ones_like(x) for x in results]
     for chosen in (incoming, [None, incoming[1], None]):
-        library.opcheck(ops.mass_attention_backward_op, (*chosen, *plain[:10], *results, *plain[10:], True))
+        library.opcheck(ops.mass_attention_backward_op, (*chosen, *plain, *results, True))
 
 
 @pytest.mark.parametrize(
@@ -125,16 +130,14 @@ def test_gradcheck(backend, device):
 def test_absent_gradients_cost_nothing(shape, backend, device, monkeypatch):
     """The backward op gets None for every result that the loss does not use, and v gets no gradient without dO."""
     seen = []
-    for name in ("row_mass_backward_op", "mass_attention_backward_op"):
-        op = getattr(ops, name)
+    for name in ("_ROWS", "_FUSED"):
+        operator = getattr(ops, name)
 
-        count = 2 if op is ops.row_mass_backward_op else 3
+        def spy(*arguments, operator=operator, backward=operator.kernels(backend)[1]):
+            seen.append([x is not None for x in arguments[: len(operator.results)]])
+            return backward(*arguments)
 
-        def spy(*arguments, op=op, count=count):
-            seen.append([x is not None for x in arguments[:count]])
-            return op(*arguments)
-
-        monkeypatch.setattr(ops, name, spy)
+        monkeypatch.setattr(".".join(TARGETS[backend, name]), spy)
     for grads, rows, fused in [("m", [True, False], [False, True, False]), ("l", [False, True], [False, False, True])]:
         case = Case.parse(shape.format(grads))
         found = run(case, make_inputs(case, device), backend)

@@ -117,13 +117,13 @@ def test_same_bits_every_time(shape, backend, device):
 def test_group_outside_the_range_counts_as_none(backend, device):
     """The ops' contract on a GPU, where values are not read back to be checked."""
     from abft_kernels import ops
-    from abft_kernels.spec import Extras, Options
+    from abft_kernels.call import Call
 
     case = Case.parse("B1-H2-R3-N70-D16-G2-fp32-causal")
     inputs = make_inputs(case, device)
     groups = inputs.groups.to(torch.int8)
     outside = torch.where(groups < 0, torch.tensor(5, dtype=torch.int8, device=device), groups)
     rows = (inputs.heads["q"], inputs.heads["k"], inputs.arguments["row_positions"].to(torch.int32))
-    options = Options(num_groups=2, scale=0.25)
-    one, other = (ops.row_mass_op(*rows, *Extras(groups=x), *options, backend)[0] for x in (outside, groups))
+    call = Call(num_groups=2, scale=0.25)
+    one, other = (ops.row_mass(*rows, call._replace(groups=x), backend)[0] for x in (outside, groups))
     assert torch.equal(one, other)

@@ -95,7 +95,7 @@ class _Launches(TorchDispatchMode):
 @pytest.mark.parametrize(("n_k", "launches"), [(60, 2), (300, 4)])
 def test_few_launches(n_k, launches, device, monkeypatch):
     """One kernel each way for a single split, two for several; nothing else, whatever integers come in."""
-    from abft_kernels.spec import Extras, Options
+    from abft_kernels.call import Call
     from abft_kernels.triton import rows
 
     if device.type == "cuda":
@@ -119,10 +119,10 @@ def test_few_launches(n_k, launches, device, monkeypatch):
 
         monkeypatch.setattr(rows, name, Spy())
     q, k = inputs.heads.values()
-    extras, options = Extras(groups=inputs.groups), Options(num_groups=2, scale=0.2)
+    call = Call(groups=inputs.groups, num_groups=2, scale=0.2)
     torch.use_deterministic_algorithms(False)  # fills of poisoned memory are no launches of ours
     with _Launches() as torch_launches:
-        mass, lse = rows.forward(q, k, inputs.arguments["row_positions"], extras, options)
-        rows.backward(mass, None, q, k, inputs.arguments["row_positions"], extras, mass, lse, options, False)
+        mass, lse = rows.forward(q, k, inputs.arguments["row_positions"], call)
+        rows.backward(mass, None, q, k, inputs.arguments["row_positions"], call, mass, lse, False)
     assert len(started) == launches
     assert torch_launches.names == []

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from abft_kernels import mass_attention, torch_backend
+from abft_kernels import mass_attention
+from abft_kernels.pytorch import scores
 
 N, H, H_KV, D = 2048, 4, 2, 32
 
@@ -23,7 +24,7 @@ N, H, H_KV, D = 2048, 4, 2, 32
 )
 def test_no_square_tensor(n_q, causal, padding, strided, kv_heads, device, monkeypatch, largest_tensor):
     # Rows of scores go a few at a time: fewer than usual, to see that only they could be large.
-    monkeypatch.setattr(torch_backend, "_SCORE_ELEMENTS", 1 << 17)
+    monkeypatch.setattr(scores, "_SCORE_ELEMENTS", 1 << 17)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     heads = [torch.randn(1, h, n, D, device=device, dtype=dtype)
              for h, n in ((H, n_q), (kv_heads, N), (kv_heads, N))]  # fmt: skip
@@ -70,6 +71,6 @@ def test_chunks_do_not_matter(device, monkeypatch):
         return [mass, *torch.autograd.grad(mass.square().sum(), leaves[:2])]
 
     whole = results()
-    monkeypatch.setattr(torch_backend, "_SCORE_ELEMENTS", 2 * 4 * 50 * 7)  # 7 rows at a time
+    monkeypatch.setattr(scores, "_SCORE_ELEMENTS", 2 * 4 * 50 * 7)  # 7 rows at a time
     for one, other in zip(whole, results(), strict=True):
         torch.testing.assert_close(one, other)
