@@ -63,7 +63,12 @@ _BOOLEANS = tuple(i for i, name in enumerate(_INTEGERS) if _HINTS[name] is bool)
 def pack(call: Call) -> tuple[Any, ...]:
     """Return the operator arguments that `SCHEMA` describes."""
     split = len(TENSORS)
-    return (*call[:split], list(call[split : split + len(_INTEGERS)]), list(call[split + len(_INTEGERS) :]))
+    integers: list[Any] = list(call[split : split + len(_INTEGERS)])
+    for i in _BOOLEANS:  # beside a symbolic integer PyTorch takes no bool
+        integers[i] = int(integers[i])
+    floats: Sequence[Any] = call[split + len(_INTEGERS) :]
+    # float() makes a symbolic one, of a dynamic head_dim, a number: lists of floats have no symbolic form.
+    return (*call[:split], integers, [float(x) for x in floats])
 
 
 def unpack(arguments: Sequence[Any]) -> Call:

@@ -153,8 +153,9 @@ def row_mass(
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`mass_attention`.
     """
-    masking = Masking(causal, scale, window, softcap, sinks, alibi_slopes,
-                      seq_lens, seq_starts, cu_seqlens, key_offset, query_offset)
+    masking = Masking(
+        causal, scale, window, softcap, sinks, alibi_slopes, seq_lens, seq_starts, cu_seqlens, key_offset, query_offset
+    )
     few = row_positions is not None
     q_rows, masking = _with_positive_scale(q_rows, masking)
     heads = {"q_rows": q_rows, "k": k}
@@ -202,8 +203,9 @@ def attention(
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`mass_attention`.
     """
-    masking = Masking(causal, scale, window, softcap, sinks, alibi_slopes,
-                      seq_lens, seq_starts, cu_seqlens, key_offset, query_offset)
+    masking = Masking(
+        causal, scale, window, softcap, sinks, alibi_slopes, seq_lens, seq_starts, cu_seqlens, key_offset, query_offset
+    )
     q, masking = _with_positive_scale(q, masking)
     call, _ = make_call({"q": q, "k": k, "v": v}, None, masking, Output(None, dropout_p, dropout_seed))
     if backend == "reference":
@@ -323,8 +325,9 @@ def mass_attention(
         ValueError, TypeError: the arguments do not fit together; the message names the value and the remedy.
         NotImplementedError: the chosen backend cannot run this; the message names one that can.
     """
-    masking = Masking(causal, scale, window, softcap, sinks, alibi_slopes,
-                      seq_lens, seq_starts, cu_seqlens, key_offset, query_offset)
+    masking = Masking(
+        causal, scale, window, softcap, sinks, alibi_slopes, seq_lens, seq_starts, cu_seqlens, key_offset, query_offset
+    )
     q, masking = _with_positive_scale(q, masking)
     output = Output(row_mask, dropout_p, dropout_seed)
     call, sequences = make_call({"q": q, "k": k, "v": v}, (key_groups, num_groups), masking, output)
@@ -338,8 +341,17 @@ def mass_attention(
     seeded = dropout_seed is not None
     if chosen == "reference":
         out, mass, lse = reference.mass_attention_reference(
-            q, k, v, key_groups, num_groups, row_positions=row_positions, row_mask=row_mask,
-            dropout_p=dropout_p, dropout_seed=call.seed, return_lse=True, **masking._asdict(),
+            q,
+            k,
+            v,
+            key_groups,
+            num_groups,
+            row_positions=row_positions,
+            row_mask=row_mask,
+            dropout_p=dropout_p,
+            dropout_seed=call.seed,
+            return_lse=True,
+            **masking._asdict(),
         )
     elif row_positions is not None:
         out = _output(q, k, v, call, seeded, backend)

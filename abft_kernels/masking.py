@@ -52,9 +52,9 @@ class Keywords(TypedDict, total=False):
 
 
 class Sequences(NamedTuple):
-    count: int
-    starts: Tensor | None  # (count,) int32, from key 0 of this call; None: 0
-    ends: Tensor | None  # (count,) int32: one past the last position; None: all keys
+    number: int
+    starts: Tensor | None  # (number,) int32, from key 0 of this call; None: 0
+    ends: Tensor | None  # (number,) int32: one past the last position; None: all keys
 
 
 def values_readable(tensor: Tensor) -> bool:
@@ -143,9 +143,7 @@ def _check_packed(masking: Masking, cu_seqlens: Tensor, n_q: int | None, n_k: in
     if values_readable(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > n_k:
-            raise ValueError(
-                f"cu_seqlens must start at 0, never fall and end within the {n_k} tokens, got {bounds}"
-            )
+            raise ValueError(f"cu_seqlens must start at 0, never fall and end within the {n_k} tokens, got {bounds}")
     edges = cu_seqlens.to(torch.int32)
     return Sequences(edges.shape[0] - 1, edges[:-1].contiguous(), edges[1:].contiguous())
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from abft_kernels.call import PACKED_ARGUMENTS, SCHEMA, TENSORS, Call, Gradients, pack, unpack
+from abft_kernels.call import PACKED_ARGUMENTS, SCHEMA, TENSORS, Call, pack, unpack
 from abft_kernels.pytorch import passes
 
 __all__ = ["mass_attention", "row_mass"]
@@ -49,20 +49,12 @@ def _fused_kernels(backend: str) -> tuple[_Kernel, _Kernel]:
     return passes.forward, passes.backward
 
 
+_INPUTS = {"q": "Tensor", "k": "Tensor"}
 _ROWS = Operator(
-    "row_mass",
-    {"q": "Tensor", "k": "Tensor", "positions": "Tensor"},
-    ("mass", "lse"),
-    ("q", "k", "weights", "sinks"),
-    _row_kernels,
+    "row_mass", _INPUTS | {"positions": "Tensor"}, ("mass", "lse"), ("q", "k", "weights", "sinks"), _row_kernels
 )
-_FUSED = Operator(
-    "mass_attention",
-    {"q": "Tensor", "k": "Tensor", "v": "Tensor?"},
-    ("out", "mass", "lse"),
-    ("q", "k", "v", "weights", "sinks"),
-    _fused_kernels,
-)
+_RESULTS, _GRADIENTS = ("out", "mass", "lse"), ("q", "k", "v", "weights", "sinks")
+_FUSED = Operator("mass_attention", _INPUTS | {"v": "Tensor?"}, _RESULTS, _GRADIENTS, _fused_kernels)
 
 
 def _exactly(device: torch.device, kernel: _Kernel, *arguments: Any) -> tuple[Tensor, ...]:
@@ -180,14 +172,14 @@ def _fake_gradients(
 ) -> dict[str, Tensor]:
     q, k, v = inputs["q"], inputs["k"], inputs.get("v")
     weighted = weights_wanted and call.weights is not None and incoming["mass"] is not None
-    shapes = {
-        "v": v.shape if v is not None and incoming["out"] is not None else (0,),
-        "weights": call.weights.shape if weighted and call.weights is not None else (0,),
-        "sinks": (0,) if call.sinks is None else call.sinks.shape,
+    dtype = _accumulated(q)
+    return {
+        "q": q.new_empty(q.shape),
+        "k": k.new_empty(k.shape),
+        "v": q.new_empty(v.shape if v is not None and incoming["out"] is not None else 0),
+        "weights": q.new_empty(call.weights.shape if weighted and call.weights is not None else 0, dtype=dtype),
+        "sinks": q.new_empty(0 if call.sinks is None else call.sinks.shape, dtype=dtype),
     }
-    dtypes = {"v": q.dtype}
-    small = {name: q.new_empty(shape, dtype=dtypes.get(name, _accumulated(q))) for name, shape in shapes.items()}
-    return {"q": q.new_empty(q.shape), "k": k.new_empty(k.shape), **small}
 
 
 row_mass_op, row_mass_backward_op = _define(_ROWS)

@@ -12,11 +12,16 @@ no gradient.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from abft_kernels.masking import Masking
+from abft_kernels.masking import Keywords, Masking
 from abft_kernels.philox import dropout_keep
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["mass_attention_reference", "row_mass_reference"]
 
@@ -51,9 +56,7 @@ def _weights(key_groups: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
     return (key_groups[..., None] == torch.arange(num_groups, device=key_groups.device)).to(dtype)
 
 
-def _probabilities(
-    q: Tensor, k: Tensor, positions: Tensor, present: Tensor, masking: Masking
-) -> tuple[Tensor, Tensor]:
+def _probabilities(q: Tensor, k: Tensor, positions: Tensor, present: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
     """Return P `(S, H, R, N)` and LSE `(S, H, R)` of rows at `positions` `(S, R)`."""
     scale = q.shape[-1] ** -0.5 if masking.scale is None else masking.scale
     scores = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(-1, -2)) * scale
@@ -89,22 +92,11 @@ def row_mass_reference(
     num_groups: int,
     *,
     row_positions: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    seq_lens: Tensor | None = None,
-    seq_starts: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    key_offset: int | None = None,
-    query_offset: int | None = None,
     return_lse: bool = False,
+    **keywords: Unpack[Keywords],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Oracle of :func:`abft_kernels.row_mass`: the same arguments and results, O(R·N) memory."""
-    masking = Masking(causal, scale, window, softcap, sinks, alibi_slopes,
-                      seq_lens, seq_starts, cu_seqlens, key_offset, query_offset)
+    masking = Masking(**keywords)
     if row_positions is None:
         positions, present, _ = _consecutive(q, k, masking)
     else:
@@ -121,30 +113,19 @@ def mass_attention_reference(
     key_groups: Tensor,
     num_groups: int,
     *,
-    causal: bool = True,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    seq_lens: Tensor | None = None,
-    seq_starts: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    key_offset: int | None = None,
-    query_offset: int | None = None,
     row_positions: Tensor | None = None,
     row_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     return_lse: bool = False,
+    **keywords: Unpack[Keywords],
 ) -> tuple[Tensor, ...]:
     """Oracle of :func:`abft_kernels.mass_attention`: the same arguments and results, O(N²) memory.
 
     In float16 and bfloat16 it rounds where an eager implementation does: scores come out of the product in
     the input dtype, softmax runs in float32, and the probabilities are rounded before they meet V.
     """
-    masking = Masking(causal, scale, window, softcap, sinks, alibi_slopes,
-                      seq_lens, seq_starts, cu_seqlens, key_offset, query_offset)
+    masking = Masking(**keywords)
     positions, present, first = _consecutive(q, k, masking)
     probabilities, lse = _probabilities(q, k, positions, present, masking)
     kept = probabilities
@@ -155,9 +136,9 @@ def mass_attention_reference(
     out = kept.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     if row_positions is not None:
         rows = gather_rows(q, row_positions, first)
-        masking = masking._replace(query_offset=None)
+        keywords["query_offset"] = None
         mass, lse = row_mass_reference(
-            rows, k, key_groups, num_groups, row_positions=row_positions, return_lse=True, **masking._asdict()
+            rows, k, key_groups, num_groups, row_positions=row_positions, return_lse=True, **keywords
         )
     else:
         mass = probabilities @ _weights(key_groups, num_groups, probabilities.dtype)[:, None]

@@ -52,8 +52,8 @@ def make_call(
             f"with cu_seqlens q must have batch 1, its sequences concatenated along the sequence dimension; got "
             f"{q.shape[0]}"
         )
-    if packed and output is None and q.shape[0] != sequences.count:
-        raise ValueError(f"{name} has {q.shape[0]} samples but cu_seqlens holds {sequences.count} sequences")
+    if packed and output is None and q.shape[0] != sequences.number:
+        raise ValueError(f"{name} has {q.shape[0]} samples but cu_seqlens holds {sequences.number} sequences")
     key_offset = masking.key_offset or 0
     seed = output_of.dropout_seed
     if output_of.dropout_p and seed is None:
@@ -72,7 +72,7 @@ def make_call(
         dropout_p=output_of.dropout_p,
         **fields,  # type: ignore[arg-type]
     )
-    return call, sequences.count
+    return call, sequences.number
 
 
 def _check_heads(name_tensor: dict[str, Tensor], packed: bool) -> None:

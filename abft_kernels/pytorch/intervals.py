@@ -61,10 +61,8 @@ def key_interval(positions: Tensor, call: Call, n_k: int, start: Tensor | None, 
     Its sequence holds keys `start … end − 1`, `(b, 1)`; None: the first key, and one after the last.
     """
     if end is None:
-        if call.causal:
-            high = (positions + 1).clamp_(0, n_k)  # an absent row has no key before it
-        else:
-            high = torch.where(positions == ABSENT, 0, n_k)
+        # Under the causal mask an absent row has no key before it.
+        high = (positions + 1).clamp_(0, n_k) if call.causal else torch.where(positions == ABSENT, 0, n_k)
     else:
         high = torch.minimum(end, positions + 1) if call.causal else end
         outside = (positions < (0 if start is None else start)) | (positions >= end)

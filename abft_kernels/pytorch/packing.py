@@ -39,8 +39,7 @@ class Padded(NamedTuple):
 
 
 def padded(starts: Tensor, ends: Tensor, length: int) -> Padded | None:
-    """Return the padded batch of the sequences `starts … ends − 1` of `length` tokens; None if it would be mostly padding,
-    or is one sequence."""
+    """Return the padded batch of sequences `starts … ends − 1` of `length` tokens; None if mostly padding, or one."""
     lengths = ends.long() - starts.long()
     longest = int(lengths.amax()) if lengths.numel() else 0
     if lengths.numel() < 2 or longest == 0 or longest * lengths.numel() > _MOST_PADDING * length:

@@ -146,8 +146,9 @@ def _backward(
     dv = Total((0,) if do is None or rows.v is None else rows.v.shape, rows.dtype, device)
     want_dw = weights_wanted and call.weights is not None and dmass is not None
     dw = Total(call.weights.shape if want_dw and call.weights is not None else (0,), rows.dtype, device)
+    k = rows.clean(rows.k)
     for piece in rows.pieces():
-        queries, keys = rows.queries(piece), rows.keys_of(rows.k, piece)
+        queries, keys = rows.queries(piece), rows.keys_of(k, piece)
         of_keys = (piece.key_samples, slice(None), piece.keys)
         scores, capped = rows.scores(queries, keys, piece)
         p = _probabilities(scores, rows.rows_of(lse, piece))

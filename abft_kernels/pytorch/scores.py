@@ -42,7 +42,7 @@ def _part(x: Tensor, samples: slice, rows: slice) -> Tensor:
 class Scores:
     """Scores of a few rows at a time, `(b, H_kv, group, r, keys)`.
 
-    Absent rows and keys outside the sequences are read as 0, so that what stands there, NaN too, has no effect.
+    Absent rows and keys outside the sequences are masked or read as 0: what stands there, NaN too, has no effect.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor | None, positions: Tensor, call: Call, all_rows: bool):
@@ -53,13 +53,16 @@ class Scores:
         self.kv_heads, self.num_keys = k.shape[1], k.shape[2]
         self.group = self.heads // self.kv_heads
         self.on_cpu = q.device.type == "cpu"
-        outside = None if call.ends is None or call.packed else self._keys_outside()
-        self.k, self.v = k, v
+        self._outside = None if call.ends is None or call.packed else self._keys_outside()
+        self.k = k if k.stride(-1) == 1 else self.clean(k)  # the copy that products would make
+        self.v = None if v is None else self.clean(v)
         self.weights = self._weights() if call.num_groups else None
-        if outside is not None:
-            self.k = k.masked_fill(outside, 0.0)
-            self.v = None if v is None else v.masked_fill(outside, 0.0)
-            self.weights = None if self.weights is None else self.weights.masked_fill(outside[:, 0], 0.0)
+        if self._outside is not None and self.weights is not None:
+            self.weights = self.weights.masked_fill(self._outside[:, 0], 0.0)
+
+    def clean(self, x: Tensor) -> Tensor:
+        """Return k or v with 0 at keys outside the sequences. Scores need no clean k, they are masked themselves."""
+        return x if self._outside is None else x.masked_fill(self._outside, 0.0)
 
     def _keys_outside(self) -> Tensor | None:
         """Return `(B, 1, N, 1)` bool: keys that belong to no sequence; None if there are none."""
@@ -67,8 +70,7 @@ class Scores:
         start, end = self._bounds()
         assert end is not None
         outside = keys >= end if start is None else (keys < start) | (keys >= end)
-        outside = outside[:, None, :, None]
-        return outside if not self.on_cpu or outside.any() else None
+        return outside[:, None, :, None] if not self.on_cpu or outside.any() else None
 
     def _weights(self) -> Tensor:
         """Return w_jg, `(B, N, G)`."""

@@ -64,7 +64,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None, caus
 
 
 def attention_output(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-    """Return the output `(B, H, N_q, D_v)` of PyTorch's attention under the same mask; rows outside the sequences are 0."""
+    """Return the output `(B, H, N_q, D_v)` of PyTorch's attention; rows outside the sequences are 0."""
     if call.packed:
         return _packed(q, k, v, call)
     n_q, n_k = q.shape[2], k.shape[2]

@@ -1,13 +1,25 @@
 """The registration as PyTorch operators: schema, fake tensors, autograd, torch.compile, cost of absent gradients."""
 
 import shutil
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from harness import Case, make_inputs, run
 from torch import library
+from torch.utils.checkpoint import checkpoint
 
-from abft_kernels import attention, mass_attention, mass_attention_reference, ops, row_mass, row_mass_reference
+from abft_kernels import (
+    attention,
+    mass_attention,
+    mass_attention_reference,
+    ops,
+    row_mass,
+    row_mass_reference,
+    validation,
+)
 from abft_kernels.call import Call, pack
 
 BACKENDS = ["triton", "torch"]
@@ -132,8 +144,9 @@ def test_absent_gradients_cost_nothing(shape, backend, device, monkeypatch):
     seen = []
     for name in ("_ROWS", "_FUSED"):
         operator = getattr(ops, name)
+        kernel = operator.kernels(backend)[1]
 
-        def spy(*arguments, operator=operator, backward=operator.kernels(backend)[1]):
+        def spy(*arguments, operator=operator, backward=kernel):
             seen.append([x is not None for x in arguments[: len(operator.results)]])
             return backward(*arguments)
 
@@ -230,3 +243,88 @@ def test_autocast_leaves_the_arithmetic_alone(backend, device):
     with torch.autocast(device.type, dtype=torch.bfloat16):
         again = results()
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_the_schema_is_written_from_the_fields():
+    """A field added to `Call` appears in the schema and travels through pack and unpack, whatever its type."""
+    from abft_kernels import call
+
+    assert call.SCHEMA in str(ops.row_mass_op._schema)
+    source = Path(call.__file__).read_text()
+    fields = {
+        "    row_mask: ": "    chosen: Tensor | None = None\n",
+        "    packed: ": "    chunk: int = 7\n    late: bool = True\n",
+    }
+    for before, field in fields.items():
+        assert source.count(before) == 1
+        source = source.replace(before, field + before)
+    namespace = types.ModuleType("call_with_more")
+    sys.modules[namespace.__name__] = namespace
+    exec(source.replace("from __future__ import annotations", ""), namespace.__dict__)
+    assert "Tensor? chosen" in namespace.SCHEMA
+    assert namespace.PACKED_ARGUMENTS == call.PACKED_ARGUMENTS + 1
+    made = namespace.Call(chosen=torch.ones(1), chunk=3, late=False, scale=0.5)
+    packed = namespace.pack(made)
+    assert len(packed) == namespace.PACKED_ARGUMENTS
+    assert namespace.unpack(packed) == made
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_one_check_for_each_public_call(rows, device, monkeypatch):
+    counts = []
+    for name in ("_check_heads", "_check_groups"):
+        check = getattr(validation, name)
+        monkeypatch.setattr(validation, name, lambda *x, name=name, check=check: (counts.append(name), check(*x))[1])
+    inputs = make_inputs(Case.parse("B2-H4:2-N20-D16-G2-fp32-causal-left"), device)
+    chosen = {"row_positions": torch.full((2, 1), 19, device=device)} if rows else {}
+    for backend in ("torch", "reference"):
+        mass_attention(*inputs.heads.values(), inputs.groups, 2, backend=backend, **chosen, **inputs.arguments)
+        assert sorted(counts) == ["_check_groups", "_check_heads"]
+        counts.clear()
+
+
+def test_checkpointing_unpacks_saved_tensors_once(device):
+    inputs = make_inputs(Case.parse("B2-H4:2-N20-D16-G2-fp32-causal-left"), device)
+    heads = [x.requires_grad_() for x in inputs.heads.values()]
+
+    def function(*x):
+        out, mass = mass_attention(*x, inputs.groups, 2, window=5, backend="torch", **inputs.arguments)
+        return out.sum() + mass.square().sum()
+
+    plain = torch.autograd.grad(function(*heads), heads)
+    again = torch.autograd.grad(checkpoint(function, *heads, use_reentrant=False), heads)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_compile_with_dynamic_shapes(device):
+    torch._dynamo.reset()
+    function = torch.compile(_loss("torch"), fullgraph=True, dynamic=True, backend="aot_eager")
+    for name in ("B2-H2:1-N40-D16-G2-fp32-causal-left", "B2-H2:1-N56-D16-G2-fp32-causal-left"):
+        inputs = make_inputs(Case.parse(name), device)
+        n = Case.parse(name).n_k
+        rest = (inputs.groups, torch.tensor([[n - 2, n - 1], [n - 1, -1]], device=device))
+        rest = (*rest, inputs.arguments["seq_lens"], inputs.arguments["seq_starts"])
+        heads = [x.requires_grad_() for x in inputs.heads.values()]
+        losses = [f(*heads, *rest) for f in (function, _loss("torch"))]
+        for one, other in zip(*(torch.autograd.grad(x, heads) for x in losses), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_types_of_return_lse(tmp_path):
+    api = pytest.importorskip("mypy.api")
+    program = tmp_path / "calls.py"
+    program.write_text(
+        "from torch import Tensor\n"
+        "from abft_kernels import mass_attention, row_mass\n"
+        "def f(x: Tensor) -> None:\n"
+        "    reveal_type(row_mass(x, x, x, 2, window=3))\n"
+        "    reveal_type(row_mass(x, x, x, 2, return_lse=True))\n"
+        "    reveal_type(mass_attention(x, x, x, x, 2))\n"
+        "    reveal_type(mass_attention(x, x, x, x, 2, causal=False, return_lse=True))\n"
+        "    row_mass(x, x, x, 2, windw=3)\n"
+    )
+    found = [line.partition(": ")[2] for line in api.run([str(program)])[0].replace("torch._tensor.", "").splitlines()]
+    tensor = "Tensor"
+    expected = [tensor, *(f"tuple[{', '.join([tensor] * n)}]" for n in (2, 2, 3))]
+    assert [line.split('"')[1] for line in found if "Revealed type" in line] == expected
+    assert any("windw" in line for line in found)
