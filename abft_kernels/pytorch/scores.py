@@ -54,7 +54,7 @@ class Scores:
         self.group = self.heads // self.kv_heads
         self.on_cpu = q.device.type == "cpu"
         self._outside = None if call.ends is None or call.packed else self._keys_outside()
-        self.k = k if k.stride(-1) == 1 else self.clean(k)  # the copy that products would make
+        self.k = k if k.is_contiguous() else self.clean(k)  # a contiguous copy helps the product
         self.v = None if v is None else self.clean(v)
         self.weights = self._weights() if call.num_groups else None
         if self._outside is not None and self.weights is not None:
