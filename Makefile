@@ -38,7 +38,7 @@ $(OLDEST_HF): | install-test
 	rm -rf $@.part/numpy* && mv $@.part $@
 
 test-oldest: $(OLDEST) $(OLDEST_HF)
-	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/kernels \
+	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/abft_kernels \
 		-k "triton and not aot and not opcheck" --hypothesis-profile few
 	PYTHONPATH=$(OLDEST_HF) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q \
 		tests/abft/models/test_attention.py tests/abft/models/test_refusals.py tests/abft/models/test_masses.py \
@@ -46,7 +46,7 @@ test-oldest: $(OLDEST) $(OLDEST_HF)
 
 # Ten times as many drawn cases, other ones every time.
 nightly: install-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/kernels/test_properties.py --hypothesis-profile nightly
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/abft_kernels/test_properties.py --hypothesis-profile nightly
 
 lint: install-test
 	$(BIN)/ruff check .
