@@ -29,9 +29,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from abft.files import write_json
-from abft_kernels.launch import TABLE, Launch, preprocess_block, table_architecture
-from abft_kernels.triton import backward, forward, merge, rows
-from abft_kernels.triton.common import head_block, next_power_of_2
+from abft_kernels.triton import backward, combine, forward, rows
+from abft_kernels.triton.launch import TABLE, Launch, preprocess_block, table_architecture
+from abft_kernels.triton.structs import (
+    Dropout,
+    Features,
+    Heads,
+    Labels,
+    RowShape,
+    Scores,
+    Sequences,
+    Shape,
+    head_block,
+    next_power_of_2,
+)
 from bench.record import provenance
 
 name = "aot"
@@ -48,21 +59,30 @@ KERNELS = {
 }
 # Shared memory that one program may have, in bytes; sm_80 itself has 163 KiB, sm_86 and sm_89 run the same entries.
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-_POINTERS = {"Groups": "*i8", "Labelled": "*i8", "Starts": "*i32", "Ends": "*i32", "Positions": "*i32",
-             "Tiles": "*i32", "RowMask": "*u8"}  # fmt: skip
-_FLOAT32 = ("Mass", "dMass", "LSE", "LSE2", "dLSE", "Delta", "Slopes", "PartLSE", "PartMass", "PartDQ", "PartDW")
+# Types of what has not the dtype of the case, by name; a field of a tuple goes by TUPLE.FIELD.
+_POINTERS = {
+    "labels.keys": "*i8", "labels.blocks": "*i8", "row_mask": "*u8", "statistics.row_mask": "*u8",
+    "sequences.starts": "*i32", "sequences.ends": "*i32", "sequences.tiles": "*i32", "positions": "*i32",
+}  # fmt: skip
+_FLOAT32 = ("mass", "lse", "dmass", "dlse", "statistics.lse2", "statistics.delta", "statistics.dmass",
+            "scores.slope", "part_lse", "part_mass", "part_dq", "dw")  # fmt: skip
+_FLOATS = ("scale", "scores.factor", "scores.softcap2", "dropout.scale")
+_OF_CASE = ("sinks", "part_out", "dq", "dk", "dv")
+_TUPLES: dict[str, Any] = {
+    **dict.fromkeys(("q", "k", "v", "out", "do"), Heads), "labels": Labels, "scores": Scores, "dropout": Dropout,
+    "sequences": Sequences, "statistics": backward.Statistics,
+}  # fmt: skip
 # What a launch may have beside causal padded batches, and the tensor that comes with it.
 _FEATURES = {
-    "HAS_WINDOW": "", "HAS_SOFTCAP": "", "HAS_DROPOUT": "", "HAS_WEIGHTS": "", "HAS_SINKS": "Sinks",
-    "HAS_SLOPES": "Slopes", "HAS_ROW_MASK": "RowMask", "PACKED": "Tiles", "HAS_DW": "PartDW", "WRITE_DW": "PartDW",
+    "window": "", "softcap": "", "dropout": "", "weights": "", "sinks": "sinks", "slopes": "scores.slope",
+    "row_mask": "row_mask", "packed": "sequences.tiles", "dw": "dw",
 }  # fmt: skip
 # Feature sets of models and of training; "all" is every one at once, "lean" not even a causal mask, "off" no mass.
 VARIANTS = {
-    "full": (), "packed": ("PACKED",), "gemma": ("HAS_WINDOW", "HAS_SOFTCAP"), "oss": ("HAS_WINDOW", "HAS_SINKS"),
-    "alibi": ("HAS_SLOPES",), "weights": ("HAS_WEIGHTS", "HAS_DW", "WRITE_DW"), "dropout": ("HAS_DROPOUT",),
-    "rows": ("HAS_ROW_MASK",),
+    "full": (), "packed": ("packed",), "gemma": ("window", "softcap"), "oss": ("window", "sinks"),
+    "alibi": ("slopes",), "weights": ("weights", "dw"), "dropout": ("dropout",),
+    "rows": ("row_mask",),
 }  # fmt: skip
-_FLOATS = ("scale", "qk_scale", "softcap2", "keep_scale", "log2e", "ln2")
 
 
 class Case(NamedTuple):
@@ -79,59 +99,78 @@ class Case(NamedTuple):
 
 
 def _kernel(name: str) -> Any:
-    for module in (forward, backward, rows, merge):
+    for module in (forward, backward, rows, combine):
         if hasattr(module, name):
             return getattr(module, name)
     raise ValueError(f"no kernel {name}")
 
 
-def _source(case: Case) -> ASTSource:
-    kernel = _kernel(case.kernel)
-    on = case.variant not in ("lean",)
-    extra = set(_FEATURES) if case.variant == "all" else set(VARIANTS.get(case.variant, ()))
+def _features(case: Case, extra: set[str]) -> Features:
+    on = case.variant != "lean"
     groups = 0 if case.variant == "off" or (not on and case.table != "rows") else case.groups
-    constants = {
-        "HEAD_DIM": case.head_dim, "BLOCK_D": head_block(case.head_dim),
-        "HEAD_DIM_V": case.head_dim, "BLOCK_DV": head_block(case.head_dim) if case.table != "rows" else 1,
-        "BLOCK_M": case.launch.block_m, "BLOCK_R": case.launch.block_m, "BLOCK_N": case.launch.block_n,
-        "BLOCK": case.launch.block_m, "GROUPS": groups, "GROUPS_PAD": next_power_of_2(max(1, groups)),
-        "IS_CAUSAL": on, "HAS_STARTS": on, "HAS_ENDS": on, "HAS_V": case.table != "rows", "FINAL": False,
-        "HAS_DO": True, "HAS_DMASS": groups > 0, "HAS_DLSE": on, "WRITE_DQ": True, "WRITE_DK": True,
-        **{name: name in extra for name in _FEATURES}, "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
-    }  # fmt: skip
-    absent = set() if on else {"Starts", "Ends", "dLSE"}
-    absent |= {pointer for flag, pointer in _FEATURES.items() if flag not in extra}
-    if groups == 0:
-        absent |= {"Groups", "Labelled", "dMass"}
-    if case.table == "rows":
-        absent |= {"V", "PartOut"}
+    v = case.table != "rows" and case.kernel != "row_mass_combine_kernel"
+    block = head_block(case.head_dim)
+    return Features(
+        head_dim=case.head_dim, head_dim_v=case.head_dim, block_d=block, block_dv=block if v else 1,
+        block_m=case.launch.block_m, block_n=case.launch.block_n, groups=groups,
+        groups_pad=next_power_of_2(max(1, groups)), precision="ieee" if case.dtype == "fp32" else "tf32",
+        causal=on, starts=on, ends=on, v=v, dlse=on, dq=True, dk=True, **dict.fromkeys(extra, True),
+    )  # fmt: skip
+
+
+def _source(case: Case) -> ASTSource:
+    """Return the source as a launch would specialize it."""
+    kernel = _kernel(case.kernel)
+    extra = set(_FEATURES) if case.variant == "all" else set(VARIANTS.get(case.variant, ()))
+    chosen = _features(case, extra)
+    absent = {pointer for flag, pointer in _FEATURES.items() if flag not in extra}
+    if not chosen.starts:
+        absent |= {"sequences.starts", "sequences.ends", "dlse"}
+    if chosen.groups == 0:
+        absent |= {"labels.keys", "labels.blocks", "dmass", "statistics.dmass"}
+    if case.kernel != "_mass_attn_fwd_kernel" and case.kernel != "_mass_attn_bwd_q_kernel":
+        absent |= {"labels.blocks"}
+    if not chosen.v:
+        absent |= {"v", "out", "part_out"}
     if case.kernel == "row_mass_combine_kernel":
-        absent |= {"PartOut", "Out", "Sinks"}
-        constants |= {"BLOCK_DV": 1, "HAS_V": False}
-    signature: dict[str, str] = {}
-    values: dict[str, Any] = {}
+        absent |= {"sinks"}
+    constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    for index, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            signature[name], values[name] = "constexpr", constants[name]
-        elif name in absent:
-            signature[name], values[name] = "constexpr", None
-        elif name.lstrip("d")[0].isupper():
-            wide = name in _FLOAT32 or (name == "Groups" and "HAS_WEIGHTS" in extra)
-            pointee = "*fp32" if wide else f"*{case.dtype}"
-            signature[name] = pointee if wide else _POINTERS.get(name, pointee)
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name in _FLOATS:
-            signature[name] = "fp32"
-        elif re.fullmatch(r"stride_\w+d", name) or case.variant == "ones":
-            signature[name], values[name] = "constexpr", 1
+
+    def constant(path: tuple[int, ...], value: Any) -> str:
+        constants[path] = value
+        return "constexpr"
+
+    def of_type(name: str, field: str, path: tuple[int, ...]) -> str:
+        full = f"{name}.{field}" if field else name
+        of_heads = field == "ptr" or full in _OF_CASE
+        if name in absent or full in absent:
+            return constant(path, None if of_heads or not field or full in absent else 0)
+        if of_heads or full in _FLOAT32 or full in _POINTERS:
+            attributes[path] = [["tt.divisibility", 16]]
+            wide = full in _FLOAT32 or (full == "labels.keys" and "weights" in extra)
+            if full == "dq" and case.table == "rows":
+                wide = True  # parts of it
+            return "*fp32" if wide else _POINTERS.get(full, f"*{case.dtype}")
+        if full in _FLOATS:
+            return "fp32"
+        if field == "d" or case.variant == "ones":
+            return constant(path, 1)
+        if field in ("b", "h", "n"):
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i64" if full == "dropout.seed" else "i32"
+
+    signature: dict[str, Any] = {}
+    tuples = _TUPLES | {"shape": RowShape if case.table == "rows" else Shape}
+    for index, name in enumerate(kernel.arg_names):
+        if name == "F":
+            signature[name] = constant((index,), chosen)
+        elif name in tuples:
+            types = (of_type(name, field, (index, at)) for at, field in enumerate(tuples[name]._fields))
+            signature[name] = tuples[name](*types)
         else:
-            signature[name] = "i64" if name == "seed" else "i32"
-            if name.startswith("stride"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    constexprs = {(kernel.arg_names.index(name),): value for name, value in values.items()}
-    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+            signature[name] = of_type(name, "", (index,))
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 class Loop(NamedTuple):
@@ -172,7 +211,7 @@ def compile_case(case: Case) -> dict[str, Any]:
     try:
         compiled = triton.compile(_source(case), target=GPUTarget("cuda", case.arch, 32), options=options)
     except Exception as error:  # whatever the compiler raises is the finding
-        return {**row, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+        return {**row, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
     tools = Path(nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -26,7 +26,7 @@ from rich.progress import track
 
 import abft_kernels
 from abft.files import write_json, write_text
-from abft_kernels.launch import ARCHITECTURES, TABLE, Launch
+from abft_kernels.triton.launch import ARCHITECTURES, TABLE, Launch
 from bench.compile.aot import KERNELS, Case, compile_case, problems
 from bench.record import provenance
 
@@ -257,7 +257,7 @@ def _keys(archs: list[int], only: str, widths: list[int] | None = None) -> list[
 
 
 def table_source(chosen: dict[Key, Launch], archs: tuple[int, ...], how: str) -> str:
-    """`abft_kernels/launch_table.py`."""
+    """`abft_kernels/triton/launch_table.py`."""
     lines = [
         '"""The launch table. Written by `python -m bench.compile.derive`: change its candidates, not this file.',
         "",
@@ -314,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--measure", action="store_true", help="time every passing candidate on this GPU")
     parser.add_argument("--tokens", type=int, default=8192, help="sequence length for --measure")
     parser.add_argument("--json", type=Path, help="write what was chosen and refused there")
-    parser.add_argument("--write", action="store_true", help="rewrite abft_kernels/launch_table.py")
+    parser.add_argument("--write", action="store_true", help="rewrite abft_kernels/triton/launch_table.py")
     options = parser.parse_args(arguments)
     archs = [int(a) for a in options.arch.split(",")]
     how = f"{_BY_COMPILER[0].upper()}{_BY_COMPILER[1:]}; not tuned on a GPU."
@@ -323,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if not torch.cuda.is_available():
             parser.error("--measure needs a CUDA GPU; without one leave it out, and the compiler alone decides")
-        from abft_kernels.launch import architecture
+        from abft_kernels.triton.launch import architecture
 
         archs = [architecture(torch.device("cuda"))]
         which = " ".join(filter(None, [options.only, options.widths and f"head tiles {options.widths}"])) or "all"
@@ -373,7 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(options.json, {"provenance": provenance(("torch", "triton")), "entries": record})
     if options.write:
         everything = tuple(sorted({*ARCHITECTURES, *archs}))
-        path = Path(abft_kernels.__file__).parent / "launch_table.py"
+        path = Path(abft_kernels.__file__).parent / "triton" / "launch_table.py"
         write_text(path, table_source(chosen, everything, how))
         print(f"wrote {path}")
     return 0

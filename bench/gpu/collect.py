@@ -22,7 +22,7 @@ __all__ = ["SANITIZED", "collect"]
 
 # What compute-sanitizer runs: a case of each kernel and of the features with the most address arithmetic.
 SANITIZED = (
-    "tests/kernels/test_features.py", "-k",
+    "tests/abft_kernels/test_features.py", "-k",
     "packed or decoding or (window and left) or (all and fused)",
 )  # fmt: skip
 TOOLS = ("memcheck", "racecheck", "initcheck")

@@ -99,11 +99,11 @@ def _pytest(setting: Setting, workers: int) -> Row:
 
     What takes the time is the compiler, which each drawn case calls several times: few of those.
     """
-    which = ["tests/kernels/test_validation.py"] if setting.tiny else ["tests/kernels"]
+    which = ["tests/abft_kernels/test_validation.py"] if setting.tiny else ["tests/abft_kernels"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-x" if setting.tiny else "--maxfail=50", *which,
-                   "--deselect", "tests/kernels/test_aot.py", "--hypothesis-profile", "few",
+                   "--deselect", "tests/abft_kernels/test_aot.py", "--hypothesis-profile", "few",
                    f"--junitxml={report}"]  # fmt: skip
         if workers > 1:
             command += ["-n", str(workers), "--dist", "worksteal"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from abft_kernels.launch import Launch, launch_config
+from abft_kernels.triton.launch import Launch, launch_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from abft_kernels import attention, available_backends, launch, mass_attention, merge_masses, row_mass
-from abft_kernels.launch import launch_config, row_splits, widest_head_tile
-from abft_kernels.launch_table import ARCHITECTURES
+from abft_kernels import attention, available_backends, mass_attention, merge_masses, row_mass
+from abft_kernels.triton import launch
+from abft_kernels.triton.launch import launch_config, row_splits, widest_head_tile
+from abft_kernels.triton.launch_table import ARCHITECTURES
 
 B, H, H_KV, N, D = 2, 4, 2, 6, 8
 

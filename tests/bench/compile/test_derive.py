@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from abft_kernels.launch import TABLE, Launch, architecture, launch_config
+from abft_kernels.triton.launch import TABLE, Launch, architecture, launch_config
 
 ROOT = Path(__file__).parents[3]
 SERIAL = SimpleNamespace(map=map)
@@ -21,7 +21,7 @@ _CLEAN = {"spills": 0, "loop_spills": 0}
 @pytest.fixture(scope="module")
 def derive():
     """The module, which turns the interpreter off for itself: kernels are made before, the variable is set again."""
-    for name in ("backward", "forward", "merge", "rows"):
+    for name in ("backward", "combine", "forward", "rows"):
         importlib.import_module(f"abft_kernels.triton.{name}")
     interpreted = os.environ.get("TRITON_INTERPRET")
     module = importlib.import_module("bench.compile.derive")
@@ -142,14 +142,14 @@ def test_measured_entries_replace_others_and_nothing_is_lost(derive, monkeypatch
     pairs = [(keys[0], Launch(*one)) for one in derive.CANDIDATES["forward", 2][64]]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Card")
-    monkeypatch.setattr("abft_kernels.launch.architecture", lambda device: 90)
+    monkeypatch.setattr("abft_kernels.triton.launch.architecture", lambda device: 90)
     monkeypatch.setattr(derive, "passing", lambda pool, keys: (pairs, {}))
     times = {pair: {"median": float(pair[1].num_warps), "low": 0.0, "high": 9.0} for pair in pairs} if timed else {}
     broken = {} if timed else {pair: "does not run: no card" for pair in pairs}
     monkeypatch.setattr(derive, "_measure", lambda pool, pairs, tokens: (times, broken))
-    package = tmp_path / "abft_kernels"
-    package.mkdir()
-    monkeypatch.setattr(derive.abft_kernels, "__file__", str(package / "__init__.py"))
+    package = tmp_path / "abft_kernels" / "triton"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(derive.abft_kernels, "__file__", str(package.parent / "__init__.py"))
     done = derive.main(["--measure", "--only", "forward-2", "--widths", "64", "--jobs", "1", "--write"])
     if not timed:
         assert done == 1

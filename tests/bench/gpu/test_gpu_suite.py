@@ -175,4 +175,4 @@ def test_kernel_tests_on_a_card(monkeypatch, alone, seconds):
     assert row["check"] == "pytest"
     assert row["ok"] is False
     assert "not done after" in row["reason"]
-    assert {"tests/kernels", "few", "16"} <= set(called["command"])
+    assert {"tests/abft_kernels", "few", "16"} <= set(called["command"])

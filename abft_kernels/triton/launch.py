@@ -1,4 +1,4 @@
-"""Launch configurations: how a call is cut, from one frozen table (`abft_kernels.launch_table`).
+"""Launch configurations: how a call is cut, from one frozen table (`abft_kernels.triton.launch_table`).
 
 No autotuning at run time: the same input gives the same launch, and so the same bits.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from abft_kernels.launch_table import ARCHITECTURES, TABLE, Launch
+from abft_kernels.triton.launch_table import ARCHITECTURES, TABLE, Launch
 
 __all__ = [
     "TABLE",

@@ -1,0 +1,172 @@
+"""Which keys a row sees. Every mask gives a row one interval of keys, and so each key one interval of rows.
+
+With r the row's position and start, end the bounds of its sequence,
+
+    max(start, r − window + 1) ≤ j < min(end, r + 1)
+
+each bound where it is asked for. Both bounds grow with r: rows r₀ … r₁ together see the keys from the lower bound of
+r₀ to the upper bound of r₁, and all of them see those from the lower bound of r₁ to the upper bound of r₀. Everything
+here follows from :func:`row_interval` and its transpose :func:`key_interval`; a new kind of mask changes these two.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Keys(NamedTuple):
+    """The keys of one sequence in this call, `start … end − 1`, and the window of its rows."""
+
+    start: tl.tensor
+    end: tl.tensor
+    window: tl.tensor
+
+
+class Queries(NamedTuple):
+    """The query rows of one sequence, `first … limit − 1`; row i stands at position i + offset."""
+
+    first: tl.tensor
+    limit: tl.tensor
+    offset: tl.tensor
+
+
+class Phases(NamedTuple):
+    """The blocks that a program meets: whole ones, and masked ones before and after them, met in one loop.
+
+    A masked block at `gap` or after it really begins `skip` later.
+    """
+
+    whole: tl.tensor
+    whole_end: tl.tensor
+    masked: tl.tensor
+    masked_end: tl.tensor
+    gap: tl.tensor
+    skip: tl.tensor
+
+
+@triton.jit
+def row_interval(rows, keys, F: tl.constexpr):
+    """Return the first and one past the last key that a row at each position sees; a bound may be one for all."""
+    lo = keys.start
+    hi = keys.end
+    if F.causal:
+        hi = tl.minimum(keys.end, rows + 1)
+    if F.window:
+        lo = tl.maximum(keys.start, rows - keys.window + 1)
+    return lo, hi
+
+
+@triton.jit
+def key_interval(key, keys, queries, F: tl.constexpr):
+    """Return the first and one past the last query row that sees a key."""
+    lo = queries.first
+    hi = queries.limit
+    if F.causal:
+        lo = tl.maximum(queries.first, key - queries.offset)
+    if F.window:
+        hi = tl.minimum(queries.limit, key + keys.window - queries.offset)
+    return lo, hi
+
+
+@triton.jit
+def sequence_bounds(sequences, index, n_k, F: tl.constexpr):
+    """Return the first and one past the last position of a sequence's tokens, counted from key 0 of this call.
+
+    Of a shard of the keys they may lie outside 0 … n_k: its sequence begins before it, or goes on after it.
+    """
+    start = 0
+    end = n_k
+    if F.starts:
+        start = tl.load(sequences.starts + index)
+    if F.ends:
+        end = tl.load(sequences.ends + index)
+    return start, end
+
+
+@triton.jit
+def keys_and_queries(sequences, index, shape, F: tl.constexpr):
+    """Return the keys of a sequence, and the query rows that stand on its tokens."""
+    start, end = sequence_bounds(sequences, index, shape.n_k, F)
+    first = 0
+    limit = shape.n_q
+    if F.ends:
+        first = tl.maximum(start - shape.offset, 0)
+        limit = tl.minimum(end - shape.offset, shape.n_q)
+    return Keys(tl.maximum(start, 0), tl.minimum(end, shape.n_k), shape.window), Queries(first, limit, shape.offset)
+
+
+@triton.jit
+def seen_keys(rows, cols, keys, F: tl.constexpr):
+    """Return which keys each row sees. `rows` (positions) and `cols` broadcast: `[rows, 1]` and `[1, keys]`, or
+    transposed."""
+    lo, hi = row_interval(rows, keys, F)
+    return (cols >= lo) & (cols < hi)
+
+
+@triton.jit
+def any_key(rows, keys, F: tl.constexpr):
+    """Return whether a row at each position sees a key at all."""
+    lo, hi = row_interval(rows, keys, F)
+    return lo < hi
+
+
+@triton.jit
+def key_reach(rows, present, keys, F: tl.constexpr):
+    """Return the first and one past the last key that any of the present rows sees."""
+    lo, hi = row_interval(rows, keys, F)
+    hi = tl.max(tl.where(present, hi, keys.start), 0)
+    if F.window:
+        lo = tl.min(tl.where(present, lo, keys.end), 0)
+    return lo, hi
+
+
+@triton.jit
+def key_phases(start_m, keys, queries, F: tl.constexpr):
+    """Return the phases of the keys that the rows `start_m … start_m + block_m − 1` see."""
+    lo, full_hi = row_interval(start_m + queries.offset, keys, F)
+    full_lo, hi = row_interval(start_m + F.block_m - 1 + queries.offset, keys, F)
+    if F.ends:  # no row of the tile is the sequence's
+        hi = tl.where((start_m >= queries.limit) | (start_m + F.block_m <= queries.first), lo, hi)
+    return _phases(lo, full_lo, full_hi, hi, F.block_n)
+
+
+@triton.jit
+def row_phases(start_n, keys, queries, F: tl.constexpr):
+    """Return the phases of the rows that see the keys `start_n … start_n + block_n − 1`."""
+    lo, full_hi = key_interval(start_n, keys, queries, F)
+    full_lo, hi = key_interval(start_n + F.block_n - 1, keys, queries, F)
+    # A block of keys cut by the sequence's bounds is masked throughout, one outside them seen by none.
+    cut = (start_n < keys.start) | (start_n + F.block_n > keys.end)
+    full_hi = tl.where(cut, full_lo, full_hi)
+    hi = tl.where((start_n >= keys.end) | (start_n + F.block_n <= keys.start), lo, hi)
+    return _phases(lo, full_lo, full_hi, hi, F.block_m)
+
+
+@triton.jit
+def _phases(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
+    """Cut `lo … hi − 1` into blocks, whole ones within `full_lo … full_hi − 1`."""
+    hi = tl.maximum(hi, lo)
+    first = (lo // BLOCK) * BLOCK
+    full_lo = tl.minimum(tl.cdiv(tl.maximum(full_lo, lo), BLOCK) * BLOCK, hi)
+    full_hi = tl.maximum((tl.minimum(full_hi, hi) // BLOCK) * BLOCK, full_lo)
+    before = tl.where(hi > lo, tl.cdiv(full_lo - first, BLOCK), 0)
+    after = tl.cdiv(tl.maximum(hi - full_hi, 0), BLOCK)
+    gap = first + before * BLOCK
+    return Phases(full_lo, full_hi, first, gap + after * BLOCK, gap, full_hi - gap)
+
+
+@triton.jit
+def phase_range(phases, MASKED: tl.constexpr):
+    """Return the bounds of the loop over the masked or the whole blocks."""
+    if MASKED:
+        lo, hi = phases.masked, phases.masked_end
+    else:
+        lo, hi = phases.whole, phases.whole_end
+    return lo, hi
+
+
+@triton.jit
+def block_start(at, phases, MASKED: tl.constexpr):
+    """Return where the block begins that the loop meets at `at`."""
+    return tl.where(at < phases.gap, at, at + phases.skip) if MASKED else at
