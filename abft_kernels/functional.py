@@ -10,10 +10,10 @@ from torch import Tensor
 
 from abft_kernels import ops, reference
 from abft_kernels.call import Call
-from abft_kernels.triton.launch import widest_head_tile
 from abft_kernels.masking import Keywords, Masking
 from abft_kernels.merging import merge_masses
 from abft_kernels.pytorch import sdpa
+from abft_kernels.triton.launch import widest_head_tile
 from abft_kernels.validation import Output, check_rows, make_call
 
 if TYPE_CHECKING:
