@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["CORRECT_LABELS", "NO_GROUP", "WRONG_LABELS", "Collator", "padding_id"]
+__all__ = ["CORRECT_LABELS", "MASS_INPUTS", "MODEL_INPUTS", "NO_GROUP", "WRONG_LABELS", "Collator", "padding_id"]
 
 CORRECT_LABELS = 0
 """Key group of I⁺: demonstration labels equal to the query's gold label, or keys that a target wants looked at."""
@@ -17,6 +17,12 @@ WRONG_LABELS = 1
 """Key group of I⁻: the other demonstration labels, or keys that a target wants not looked at."""
 NO_GROUP = -1
 """Key group of every other token."""
+
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seqlens")
+"""Entries of a batch that a pass through the model takes, those that the batch has."""
+MASS_INPUTS = (*MODEL_INPUTS, "key_groups", "query_positions")
+"""Entries of a batch that a pass for masses takes."""
 
 
 class Sample(Protocol):
