@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from transformers import PreTrainedModel
 
 from abft.evaluation.batching import evaluation_mode, length_sorted_batches
 from abft.models.attention import is_enabled
+from abft.models.masses import forward
 from abft.prompts.builder import Prompt, PromptBuilder
+from abft.prompts.collation import MODEL_INPUTS
 
 
 def _softcap(logits: Tensor, cap: float) -> Tensor:
@@ -121,8 +122,8 @@ def label_logits(
 
     Args:
         model: causal language model of transformers, bare or wrapped by PEFT; on any device.
-        batch: from ``PromptCollator``, padded on either side: ``input_ids``, ``attention_mask``,
-            ``position_ids`` (B, N) and ``query_positions`` (B, 1) are used.
+        batch: from ``PromptCollator``, padded on either side: its ``MODEL_INPUTS`` and
+            ``query_positions`` (B, 1) are used.
         label_token_ids: C token ids.
         arguments: handed to the decoder, for its attention: ``momentum``, ``attention_probe``.
 
@@ -155,11 +156,8 @@ def label_logits(
             f"{', '.join(name for name, _ in causal_lm.named_children())}; load it as AutoModelForCausalLM"
         )
     decoder = parts[0]
-    inputs = {name: batch[name].to(causal_lm.device) for name in ("input_ids", "attention_mask", "position_ids")}
-    # Models without learned or rotary positions (ALiBi, recurrent) take no position_ids.
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        del inputs["position_ids"]
-    hidden = decoder(**inputs, use_cache=False, **arguments).last_hidden_state
+    inputs = {name: batch[name].to(causal_lm.device) for name in MODEL_INPUTS if name in batch}
+    hidden = forward(decoder, **inputs, **arguments).last_hidden_state
     rows = batch["query_positions"][..., None].to(hidden.device)
     query = hidden.take_along_dim(rows, dim=1).squeeze(1).to(head.weight.device)
 

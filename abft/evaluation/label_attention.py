@@ -15,6 +15,7 @@ from abft.evaluation.batching import evaluation_mode, length_sorted_batches
 from abft.losses import induction_heads
 from abft.models.masses import forward_with_mass
 from abft.prompts.builder import Prompt, PromptBuilder
+from abft.prompts.collation import MASS_INPUTS
 
 __all__ = ["HeadStatistics", "head_statistics"]
 
@@ -79,11 +80,8 @@ def head_statistics(
     with evaluation_mode(model):
         for _, batch in length_sorted_batches(prompts, builder, batch_size, "Reading heads", progress):
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            outputs = forward_with_mass(
-                model,
-                **{name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")},
-                **{name: inputs[name] for name in ("key_groups", "query_positions")},
-            )
+            passed: dict[str, Any] = {name: inputs[name] for name in MASS_INPUTS if name in inputs}
+            outputs = forward_with_mass(model, **passed)
             masses = torch.stack([mass.squeeze(2) for mass in outputs.attentions])  # [L, B, H, 2]
             selected = induction_heads(masses, inputs["demonstrations"], inputs["prompt_lengths"])
             per_head = torch.cat([selected[..., None].to(masses.dtype), masses], dim=-1)

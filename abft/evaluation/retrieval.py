@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from abft.evaluation.batching import evaluation_mode, length_sorted_chunks
 from abft.models.attention import transformer_of
 from abft.models.masses import forward_with_mass
-from abft.prompts.collation import padding_id
+from abft.prompts.collation import MASS_INPUTS, padding_id
 from abft.prompts.targets import AttentionTarget, TargetCollator
 
 __all__ = ["TargetEvaluation", "evaluate_targets"]
@@ -94,7 +94,7 @@ def evaluate_targets(
     with evaluation_mode(model):
         for chunk in length_sorted_chunks(targets, batch_size, "Reading targets", progress):
             batch = {name: tensor.to(device) for name, tensor in collate([targets[i] for i in chunk]).items()}
-            outputs = forward_with_mass(model, **{name: batch[name] for name in _PASSED})
+            outputs = forward_with_mass(model, **{name: batch[name] for name in MASS_INPUTS if name in batch})
             logits = outputs.logits[:, -1]
             finite = logits.isfinite().all(dim=1)
             if not finite.all():
@@ -110,6 +110,3 @@ def evaluate_targets(
     accuracy = sum(hits) / len(hits) if hits else None
     stderr = None if accuracy is None else math.sqrt(accuracy * (1 - accuracy) / len(hits))
     return TargetEvaluation(len(targets), len(hits), accuracy, stderr, positive, negative, predictions)
-
-
-_PASSED = ("input_ids", "attention_mask", "position_ids", "key_groups", "query_positions")

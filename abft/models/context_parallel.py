@@ -40,36 +40,49 @@ class ContextParallel:
         self.offset = self.rank * self.tokens
 
     def part(self, x: Tensor, fill: int) -> Tensor:
-        """This process's stretch of `(B, N)` tokens."""
+        """Return this process's stretch of `(B, N)` tokens."""
         padded = torch.nn.functional.pad(x, (0, self.size * self.tokens - x.shape[1]), value=fill)
         return padded[:, self.offset : self.offset + self.tokens].contiguous()
 
     def positions(self, batch: int, device: torch.device) -> Tensor:
-        """Positions of its tokens in the whole context, `(B, N / W)`."""
+        """Return the positions of its tokens in the whole context, `(B, N / W)`."""
         return torch.arange(self.offset, self.offset + self.tokens, device=device).expand(batch, -1)
 
     def mass(
-        self, query: Tensor, key: Tensor, key_groups: Tensor, num_groups: int, rows: Tensor, shared: dict[str, Any]
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_groups: Tensor,
+        num_groups: int,
+        row_positions: Tensor | None,
+        options: dict[str, Any],
     ) -> Tensor:
-        """Mass `(B, H, R, G)` of the rows at positions `rows` `(B, R)` of the whole context, on all processes."""
-        mine = (rows >= self.offset) & (rows < self.offset + self.tokens)
-        queries = gather_rows(query, rows, self.offset) * mine[:, None, :, None]
+        """Return the mass `(B, H, R, G)` of the rows at positions `(B, R)` of the whole context, on all processes."""
+        assert row_positions is not None
+        mine = (row_positions >= self.offset) & (row_positions < self.offset + self.tokens)
+        queries = gather_rows(query, row_positions, self.offset) * mine[:, None, :, None]
         queries = all_reduce(queries, group=self.group or dist.group.WORLD)
-        sinks = shared["sinks"]
+        sinks = options["sinks"]
         mass, lse = row_mass(
-            queries, key, key_groups, num_groups, row_positions=rows, key_offset=self.offset, return_lse=True,
-            **{**shared, "sinks": None},
-        )  # fmt: skip
+            queries,
+            key,
+            key_groups,
+            num_groups,
+            row_positions=row_positions,
+            key_offset=self.offset,
+            return_lse=True,
+            **{**options, "sinks": None},
+        )
         masses, lses = self._gather(mass), self._gather(lse)
         if sinks is not None:  # a shard of its own, whichever keys the row sees
             masses.append(torch.zeros_like(mass))
             lses.append(sinks.to(lse.dtype)[:, None].expand_as(lse))
         return merge_masses(masses, lses)[0]
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, shared: dict[str, Any]) -> Tensor:
-        """Output `(B, H, N / W, D)` of this process's rows over the keys of all."""
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Return the output `(B, H, N / W, D)` of this process's rows over the keys of all."""
         keys, values = (torch.cat(self._gather(x), dim=2) for x in (key, value))
-        return attention(query, keys, values, query_offset=self.offset, **shared)
+        return attention(query, keys, values, query_offset=self.offset, **options)
 
     def _gather(self, x: Tensor) -> list[Tensor]:
         # Flat, so that the gradients are: gloo's backward mixes up those of another memory layout.

@@ -11,31 +11,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from abft.models.bounds import Bounds
+
 __all__ = ["add_momentum", "check_momentum", "momentum_values"]
+
+_WHOLE = Bounds()
 
 
 def check_momentum(eta: float) -> None:
-    """Raises a ValueError unless η lies between 0 and 1."""
+    """Raise a ValueError unless η lies between 0 and 1."""
     if not 0 < eta < 1:
         raise ValueError(f"momentum must lie between 0 and 1, got {eta}; leave it out (None) for plain attention")
 
 
-def momentum_values(
-    value: Tensor,
-    eta: float,
-    *,
-    seq_lens: Tensor | None = None,
-    seq_starts: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """The sums `Σ_{i<t} η^{t−i} v_i` over the earlier tokens of t's own sequence, for every t.
+def momentum_values(value: Tensor, eta: float, bounds: Bounds = _WHOLE) -> Tensor:
+    """Return the sums `Σ_{i<t} η^{t−i} v_i` over the earlier tokens of t's own sequence, for every t.
 
     Args:
         value: `(B, H, N, D)`, floating point.
         eta: η, between 0 and 1.
-        seq_lens: `(B,)` tokens of each sample; None for all N. Padding gives nothing and gets 0.
-        seq_starts: `(B,)` first token of each sample; None for 0.
-        cu_seqlens: `(S + 1,)` bounds of packed sequences, in a batch of one.
+        bounds: where the sequences are. Padding adds nothing and gets 0; a window does not bound the sum.
 
     Returns:
         `(B, H, N, D)`, float32 (float64 for float64 values), with gradient to `value`.
@@ -48,13 +43,12 @@ def momentum_values(
     length = value.shape[2]
     positions = torch.arange(length, device=value.device)
     padding = starts = None
-    if seq_lens is not None:
-        first = torch.zeros_like(seq_lens) if seq_starts is None else seq_starts
-        outside = (positions < first[:, None]) | (positions >= (first + seq_lens)[:, None])
-        padding = outside[:, None, :, None]
+    if (tokens := bounds.tokens(length)) is not None:
+        padding = ~tokens[:, None, :, None]
         value = value.masked_fill(padding, 0.0)
-    if cu_seqlens is not None:
-        starts = cu_seqlens[torch.searchsorted(cu_seqlens, positions.to(cu_seqlens.dtype), right=True) - 1]
+    if bounds.cu_seqlens is not None:
+        sequence = torch.searchsorted(bounds.cu_seqlens, positions.to(bounds.cu_seqlens.dtype), right=True) - 1
+        starts = bounds.cu_seqlens[sequence]
 
     def shifted(terms: Tensor, steps: int, factor: float) -> Tensor:
         terms = terms[:, :, :-steps] * factor
@@ -71,21 +65,13 @@ def momentum_values(
     return total if padding is None else total.masked_fill(padding, 0.0)
 
 
-def add_momentum(
-    out: Tensor,
-    value: Tensor,
-    eta: float,
-    *,
-    seq_lens: Tensor | None = None,
-    seq_starts: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """Attention output plus momentum, each query head with the values of its own key-value head.
+def add_momentum(out: Tensor, value: Tensor, eta: float, bounds: Bounds = _WHOLE) -> Tensor:
+    """Return attention output plus momentum, each query head with the values of its own key-value head.
 
     Args:
         out: `(B, H_q, R, D)`, of the last R of N tokens.
         value: `(B, H_kv, N, D)`, H_q a multiple of H_kv.
-        eta, seq_lens, seq_starts, cu_seqlens: as for :func:`momentum_values`.
+        eta, bounds: as for :func:`momentum_values`.
 
     Returns:
         `(B, H_q, R, D)` in the dtype of `out`.
@@ -93,6 +79,5 @@ def add_momentum(
     Raises:
         ValueError: as there.
     """
-    sums = momentum_values(value, eta, seq_lens=seq_lens, seq_starts=seq_starts, cu_seqlens=cu_seqlens)
-    sums = sums[:, :, value.shape[2] - out.shape[2] :]
+    sums = momentum_values(value, eta, bounds)[:, :, value.shape[2] - out.shape[2] :]
     return (out.unflatten(1, (value.shape[1], -1)) + sums[:, :, None]).flatten(1, 2).to(out.dtype)

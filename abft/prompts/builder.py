@@ -242,22 +242,23 @@ class PromptCollator(Collator[Prompt]):
         """Collates B prompts; N is the length of the longest, or with packing the sum of the lengths.
 
         Returns:
-            A dictionary of tensors on the CPU, int64 but for ``key_groups``:
+            A dictionary of tensors on the CPU, int64 where no other dtype is named:
 
             - ``input_ids`` (B, N): padded token ids.
-            - ``attention_mask`` (B, N): 1 at tokens, 0 at padding.
             - ``position_ids`` (B, N): 0, 1, … over a prompt's own tokens; 0 at padding.
             - ``key_groups`` (B, N) int8: ``CORRECT_LABELS`` (0) and ``WRONG_LABELS`` (1) at the first tokens
               of the demonstrations' labels, ``NO_GROUP`` (-1) elsewhere.
             - ``query_positions`` (B, 1): column of the last token.
+            - ``seq_lens`` (B,) int32: tokens of each prompt; with padding on the left also ``seq_starts`` (B,) int32,
+              the column of its first token.
             - ``prompt_lengths`` (B,): number of tokens, padding excluded.
             - ``demonstrations`` (B,): number of demonstrations, k.
             - ``correct_demonstrations`` (B,): number of those with the gold label, the size of I⁺.
             - ``labels`` (B,): class index of the gold label.
             - ``label_ids`` (B,): first token of the gold label.
 
-            With packing the first four but ``attention_mask`` are (1, N), ``query_positions`` counts over all of
-            them, and ``cu_seqlens`` (B + 1,) int32 holds the bounds. If the prompts exceed ``tokens_per_batch``, the
+            With packing the first three are (1, N), ``query_positions`` counts over all of them, and ``cu_seqlens``
+            (B + 1,) int32 holds the bounds, in place of ``seq_lens``. If the prompts exceed ``tokens_per_batch``, the
             only entry is ``parts``: a list of such dictionaries, each within the budget.
 
         Raises:

@@ -19,7 +19,7 @@ NO_GROUP = -1
 """Key group of every other token."""
 
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seqlens")
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "seq_lens", "seq_starts", "cu_seqlens")
 """Entries of a batch that a pass through the model takes, those that the batch has."""
 MASS_INPUTS = (*MODEL_INPUTS, "key_groups", "query_positions")
 """Entries of a batch that a pass for masses takes."""
@@ -108,8 +108,9 @@ class Collator(ABC, Generic[_Sample]):
         key_groups[mask] = torch.cat([self._key_groups(sample) for sample in samples])
         return {
             "input_ids": input_ids,
-            "attention_mask": mask.long(),
             "position_ids": offsets.where(mask, 0),
+            "seq_lens": lengths.to(torch.int32),
+            **({"seq_starts": starts.to(torch.int32)} if self.padding_side == "left" else {}),
             "key_groups": key_groups,
             "query_positions": starts[:, None] + self._rows(samples),
         }

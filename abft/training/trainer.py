@@ -34,7 +34,7 @@ from abft.models.masses import forward, layer_masses
 from abft.models.projections import TrainedParameter, lora_qk, train_qk
 from abft.models.weights import load_trained, read_config, save_trained, whole_state_dict
 from abft.prompts.builder import Prompt, PromptBuilder, PromptCollator
-from abft.prompts.collation import padding_id
+from abft.prompts.collation import MASS_INPUTS, MODEL_INPUTS, padding_id
 from abft.prompts.targets import AttentionTarget, TargetCollator
 from abft.training.config import ABFTConfig
 
@@ -236,7 +236,7 @@ class ABFTTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], share: Tensor | float
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Losses `(B,)` and masses; with restricted gradients those of `share` times the losses' sum are taken here."""
-        passed: dict[str, Any] = {name: inputs[name] for name in _PASSED if name in inputs}
+        passed: dict[str, Any] = {name: inputs[name] for name in MASS_INPUTS if name in inputs}
         if self.args.restricted_gradient and model.training:
 
             def backward(mass: Tensor) -> Tensor:
@@ -276,8 +276,8 @@ class ABFTTrainer(Trainer):
     def _e2e_per_prompt(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
         last = inputs["query_positions"][:, -1]
         wanted, column = last.unique(return_inverse=True)
-        passed = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids", "cu_seqlens")}
-        outputs = forward(model, **passed, logits_to_keep=wanted)  # type: ignore[arg-type]
+        passed = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
+        outputs = forward(model, **passed, logits_to_keep=wanted)
         # A model without logits_to_keep gives the logits of every position.
         kept = column if outputs.logits.shape[1] == len(wanted) else last
         rows = torch.arange(len(last), device=last.device)
@@ -442,6 +442,3 @@ _RECORDED = (
 def _dtypes(model: nn.Module, trained: list[TrainedParameter]) -> list[torch.dtype]:
     parameters = dict(model.named_parameters())
     return [parameters[item.name].dtype for item in trained]
-
-
-_PASSED = ("input_ids", "attention_mask", "position_ids", "key_groups", "query_positions", "cu_seqlens")

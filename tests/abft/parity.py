@@ -1,21 +1,14 @@
 """The adapter beside eager attention: batches, a pass through either, and what must be equal."""
 
-import pytest
 import torch
-import transformers
-from packaging.version import Version
 from tiny_models import SERVED, packed, padded, random_prompts
 
 from abft.models.masses import forward_with_mass
 from abft_kernels.triton.common import INTERPRETED
 
 TRITON_RUNS = INTERPRETED or torch.cuda.is_available()
-OLD = Version(transformers.__version__) < Version("5.3")
 LENGTHS = (20, 13, 17)
-KINDS = [
-    pytest.param(kind, marks=pytest.mark.skipif(kind == "opt" and OLD, reason="OPT makes a mask of its own before 5.3"))
-    for kind in SERVED
-]
+KINDS = list(SERVED)
 
 
 def batch_of(side: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -72,8 +65,7 @@ def run(model, batch, attention, **options):
         masses = eager_masses(outputs.attentions, batch)
     else:
         options = {name: batch[name] for name in ("query_positions", "cu_seqlens") if name in batch} | options
-        arguments = {"attention_mask": None, **arguments, **options}
-        outputs = forward_with_mass(model, **arguments, key_groups=batch["key_groups"], logits_to_keep=0)
+        outputs = forward_with_mass(model, **arguments, **options, key_groups=batch["key_groups"], logits_to_keep=0)
         masses = outputs.attentions
     loss_of(outputs.logits, masses, batch).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in query_key(model).items()}

@@ -70,7 +70,7 @@ SERVED: dict[str, tuple[str, str]] = {
     "phi3": ("Phi-3", "fused q, k and v"),
     "gpt2": ("GPT-2", "fused q, k and v"),
     "gpt_neox": ("GPT-NeoX, Pythia", "q, k and v fused head by head"),
-    "opt": ("OPT", "transformers ≥ 5.3"),
+    "opt": ("OPT", ""),
     "olmo2": ("OLMo 2", "normalised q and k"),
     "cohere": ("Cohere Command R", ""),
     "glm4": ("GLM-4", "rotary on half of the width"),

@@ -8,7 +8,6 @@ import torch
 from parity import (
     KINDS,
     LENGTHS,
-    OLD,
     TRITON_RUNS,
     assert_equal,
     batch_of,
@@ -253,7 +252,6 @@ def test_generate_with_a_cache(kind, side):
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.skipif(OLD, reason="heads hand arguments down from transformers 5.3 on")
 def test_mass_over_a_cache():
     model, batch = enable(tiny("llama")), batch_of("none")
     ids, groups = batch["input_ids"], batch["key_groups"]

@@ -11,6 +11,7 @@ from transformers.masking_utils import eager_mask
 
 from abft.evaluation.classification import evaluate, label_logits
 from abft.models.attention import enable
+from abft.models.bounds import Bounds
 from abft.models.masses import forward, forward_with_mass, layer_masses
 from abft.models.momentum import add_momentum, momentum_values
 from abft.prompts.builder import PromptCollator
@@ -63,7 +64,7 @@ def test_padding_gives_nothing_and_gets_nothing():
     value = values(3, 2, 11, 4)
     value[0, :, 9:] = value[1, :, :4] = torch.nan  # padding may hold anything
     starts, lens = torch.tensor([0, 4, 2], dtype=torch.int32), torch.tensor([9, 7, 5], dtype=torch.int32)
-    got = momentum_values(value, 0.7, seq_starts=starts, seq_lens=lens)
+    got = momentum_values(value, 0.7, Bounds(seq_starts=starts, seq_lens=lens))
     for sample, (first, n) in enumerate(zip(starts.tolist(), lens.tolist(), strict=True)):
         one = value[sample : sample + 1]
         torch.testing.assert_close(got[sample : sample + 1], double_loop(one, 0.7, first, first + n))
@@ -71,17 +72,17 @@ def test_padding_gives_nothing_and_gets_nothing():
 
 def test_packed_sequences_do_not_reach_one_another():
     value, bounds = values(1, 2, 20, 4), [0, 1, 9, 12, 20]
-    got = momentum_values(value, 0.9, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    got = momentum_values(value, 0.9, Bounds(cu_seqlens=torch.tensor(bounds, dtype=torch.int32)))
     want = sum(double_loop(value, 0.9, first, end) for first, end in itertools.pairwise(bounds))
     torch.testing.assert_close(got, want)
 
 
 def test_gradient_is_that_of_the_sum():
     value = values(1, 2, 9, 3).requires_grad_()
-    options = {"seq_starts": torch.tensor([1]), "seq_lens": torch.tensor([7])}
-    assert torch.autograd.gradcheck(lambda v: momentum_values(v, 0.8, **options), value)
-    bounds = torch.tensor([0, 4, 9])
-    assert torch.autograd.gradcheck(lambda v: momentum_values(v, 0.8, cu_seqlens=bounds), value)
+    padded = Bounds(seq_starts=torch.tensor([1]), seq_lens=torch.tensor([7]))
+    assert torch.autograd.gradcheck(lambda v: momentum_values(v, 0.8, padded), value)
+    packed = Bounds(cu_seqlens=torch.tensor([0, 4, 9]))
+    assert torch.autograd.gradcheck(lambda v: momentum_values(v, 0.8, packed), value)
 
 
 def test_query_heads_take_the_values_of_their_group():
@@ -103,7 +104,7 @@ def test_eta_out_of_range_is_named(eta):
 def test_no_matrix_of_tokens_by_tokens(largest_tensor):
     value = torch.randn(1, 2, 4096, 4)
     with largest_tensor() as largest:
-        momentum_values(value, 0.99, cu_seqlens=torch.tensor([0, 1000, 4096]))
+        momentum_values(value, 0.99, Bounds(cu_seqlens=torch.tensor([0, 1000, 4096])))
     assert largest.numel <= value.numel()
 
 
@@ -164,7 +165,7 @@ def test_a_cache_that_has_let_go_of_values_is_refused():
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.randint(3, 50, (1, 12)), past_key_values=cache, momentum=ETA)
-        with pytest.raises(NotImplementedError, match="momentum over a cache that has let go"):
+        with pytest.raises(NotImplementedError, match="momentum over a cache that has dropped"):
             model(torch.randint(3, 50, (1, 1)), past_key_values=cache, momentum=ETA)
 
 

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from parity import OLD, assert_equal, batch_of, run
+from parity import assert_equal, batch_of, run
 from tiny_models import CONFIGS, tiny
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import abft.models.attention as adapter
 from abft.models.attention import enable
+from abft.models.bounds import Bounds
+from abft.models.layer_mask import LayerMask, layer_mask
 from abft.models.masses import attention_mass
 
 
@@ -67,7 +69,7 @@ def test_refuses_attention_code_of_its_own(name, changes):
 
 
 def test_attention_matrices_do_not_pass_for_masses():
-    """Releases before 5.3 take OpenAI-GPT for a model that goes through the interface; it gives (B, H, N, N)."""
+    """OpenAI-GPT gives (B, H, N, N)."""
     model = make("OpenAIGPTConfig", vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     with pytest.raises(NotImplementedError, match="through transformers' AttentionInterface"):
         mass_of(enable(model))
@@ -193,10 +195,10 @@ def forward_arguments(**changes):
         ({"alibi": torch.zeros(2, 1, 6)}, "additive position bias"),
         ({"position_bias": torch.zeros(2, 6, 6)}, "additive position bias"),
         ({"head_mask": torch.ones(2)}, "a head mask"),
-        ({"indices": torch.zeros(1, 6, 2)}, "a choice of keys"),
+        ({"indices": torch.zeros(1, 6, 2)}, "a custom key selection"),
         ({"relative_bias": torch.zeros(2, 6, 6)}, "argument 'relative_bias' that is not known"),
         ({"is_causal": False}, "bidirectional or cross attention"),
-        ({"attention_mask": adapter.Bounds(served=False)}, "serves causal masks with padding"),
+        ({"attention_mask": layer_mask(1, 6, 6, mask_function=lambda b, h, q, k: k < q)}, "serves causal masks with"),
         ({"attention_mask": torch.zeros(1, 6, dtype=torch.int32)}, "an attention mask of its own"),
         ({"attention_mask": torch.ones(1, 1)}, "an attention mask of its own"),
     ],
@@ -217,19 +219,19 @@ def test_attention_takes_arguments_that_do_not_matter():
 
 @pytest.mark.parametrize("change", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
 def test_scales_of_gpt2_are_served_or_refused(change):
-    """Before 5.3 GPT-2 keeps these to its eager code; whatever is given must be eager's."""
+    """GPT-2 passes its scale on; a module that does not is refused."""
     model, batch = tiny("gpt2", **change), batch_of("none")
-    want = run(model, batch, "eager")
-    if not OLD:
-        assert_equal(run(model, batch, "abft"), want, batch)
-        return
+    assert_equal(run(model, batch, "abft"), run(model, batch, "eager"), batch)
+    module = torch.nn.Module()
+    for name, value in change.items():
+        setattr(module, name, value)
     with pytest.raises(NotImplementedError, match="a scale of the scores"):
-        run(model, batch, "abft")
+        adapter._attention_forward(**forward_arguments(module=module))
 
 
-def test_bounds_stand_for_a_causal_mask_whatever_the_module_says():
-    bounds = adapter.Bounds(seq_lens=torch.tensor([6], dtype=torch.int32))
-    arguments = forward_arguments(attention_mask=bounds, is_causal=False)
+def test_a_layer_mask_stands_for_a_causal_mask_whatever_the_module_says():
+    mask = layer_mask(1, 6, 6, attention_mask=torch.ones(1, 6, dtype=torch.bool))
+    arguments = forward_arguments(attention_mask=mask, is_causal=False)
     mass = adapter._attention_forward(**arguments)[1]
     want = adapter._attention_forward(**forward_arguments(**{k: arguments[k] for k in ("query", "key", "value")}))[1]
     assert torch.equal(mass, want)
@@ -259,27 +261,31 @@ MASKS = {
 def test_mask_functions_that_are_not_causal_are_seen_through(name, padding):
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[1, 9:] = not padding
-    result = adapter._mask(2, 12, mask_function=MASKS[name], attention_mask=mask, q_length=12)
+    result = layer_mask(2, 12, 12, mask_function=MASKS[name], attention_mask=mask)
+    layout = Bounds(seq_lens=torch.tensor([12, 9 if padding else 12]))
     if name == "causal":
-        assert (result is None) != padding
-        assert not padding or result.seq_lens.tolist() == [12, 9]
+        lengths = result.bounds().seq_lens
+        assert lengths.tolist() == [12, 9] if padding else lengths is None
+        assert result.bounds(layout) == layout
         return
-    assert not result.served
     with pytest.raises(NotImplementedError, match=NOT_CAUSAL):
         adapter._attention_forward(**forward_arguments(attention_mask=result))
+    with pytest.raises(NotImplementedError, match=NOT_CAUSAL):
+        result.bounds(layout)
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_windows_are_told_from_what_is_none(name):
     """transformers names a local size for windows and for chunks."""
-    result = adapter._mask(2, 12, mask_function=MASKS[name], q_length=12, local_size=5)
+    result = layer_mask(2, 12, 12, mask_function=MASKS[name], local_size=5)
     if name == "causal":
-        assert result is None
+        assert result.bounds() == Bounds()
     elif name == "window":
-        assert result == adapter.Bounds(window=5)
+        assert result.bounds() == Bounds(window=5)
     else:
-        assert not result.served
-    assert adapter._mask(2, 12, mask_function=MASKS["window of 11"], q_length=12, local_size=11).window == 11
+        with pytest.raises(NotImplementedError, match=NOT_CAUSAL):
+            result.bounds()
+    assert layer_mask(2, 12, 12, mask_function=MASKS["window of 11"], local_size=11).bounds().window == 11
 
 
 def packing(bounds, window=99):
@@ -289,47 +295,85 @@ def packing(bounds, window=99):
 
 def test_packed_sequences_are_read_from_the_mask():
     bounds = [0, 4, 5, 12]
-    result = adapter._mask(1, 12, mask_function=packing(bounds), q_length=12)
-    assert result.served
+    result = layer_mask(1, 12, 12, mask_function=packing(bounds)).bounds()
     assert result.cu_seqlens.tolist() == bounds
-    result = adapter._mask(1, 12, mask_function=packing(bounds, window=3), q_length=12, local_size=3)
+    result = layer_mask(1, 12, 12, mask_function=packing(bounds, window=3), local_size=3).bounds()
     assert (result.window, result.cu_seqlens.tolist()) == (3, bounds)
     for strange in (
         lambda b, h, q, k: packing(bounds)(b, h, q, k) | ((k == 0) & (q == 8)),
         lambda b, h, q, k: packing(bounds)(b, h, q, k) & ~((q == 11) & (k == 7)),
     ):
-        assert not adapter._mask(1, 12, mask_function=strange, q_length=12).served
-    assert not adapter._mask(2, 12, mask_function=packing(bounds), q_length=12).served
+        with pytest.raises(NotImplementedError, match=NOT_CAUSAL):
+            layer_mask(1, 12, 12, mask_function=strange).bounds()
+    with pytest.raises(NotImplementedError, match=NOT_CAUSAL):
+        layer_mask(2, 12, 12, mask_function=packing(bounds)).bounds()
+
+
+def test_blocks_by_numbers_alone_are_packed_sequences_of_one_sample():
+    def blocks(b, h, q, k):
+        return (k <= q) & (k // size == q // size)
+
+    size = 5
+    mask = layer_mask(1, 12, 12, mask_function=blocks)
+    assert mask.bounds().cu_seqlens.tolist() == mask.bounds(Bounds()).cu_seqlens.tolist() == [0, 5, 10, 12]
+    with pytest.raises(NotImplementedError, match=NOT_CAUSAL):
+        mask.bounds(Bounds(seq_lens=torch.tensor([9])))
 
 
 def test_chunks_that_end_in_the_padding_are_no_matter():
     # As Llama 4 makes them: chunks counted from each sample's first token.
+    starts = torch.tensor([0, 4])
+
     def chunks(b, h, q, k):
-        start = torch.tensor([0, 4])[b]
+        start = starts[b]
         return (k <= q) & ((k - start) // 8192 == (q - start) // 8192)
 
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[1, :4] = False
-    bounds = adapter._mask(2, 12, mask_function=chunks, attention_mask=mask, q_length=12)
+    bounds = layer_mask(2, 12, 12, mask_function=chunks, attention_mask=mask).bounds()
     assert (bounds.seq_lens.tolist(), bounds.seq_starts.tolist()) == ([12, 8], [0, 4])
+    layout = Bounds(seq_lens=torch.tensor([12, 8]), seq_starts=torch.tensor([0, 4]))
+    assert layer_mask(2, 12, 12, mask_function=chunks).bounds(layout) == layout
 
 
-def test_mask_by_cache_position_as_older_releases_give_it():
+def test_rows_after_a_cache():
     mask = torch.ones(1, 12, dtype=torch.bool)
     mask[0, :2] = False
-    new = adapter._mask(1, 12, attention_mask=mask, q_length=3, q_offset=9)
-    old = adapter._mask(1, 12, attention_mask=mask, cache_position=torch.arange(9, 12))
-    assert [x.tolist() for x in new[:2]] == [x.tolist() for x in old[:2]] == [[10], [2]]
-    with pytest.raises(TypeError, match="neither q_length nor cache_position"):
-        adapter._mask(1, 12)
+    bounds = layer_mask(1, 3, 12, q_offset=9, attention_mask=mask).bounds()
+    assert (bounds.seq_lens.tolist(), bounds.seq_starts.tolist()) == ([10], [2])
+    dropped = layer_mask(1, 3, 8, q_offset=9, kv_offset=4, attention_mask=mask)
+    assert (dropped.dropped, dropped.bounds()) == (4, Bounds())
+    with pytest.raises(NotImplementedError, match="seq_lens over a cache that has dropped keys"):
+        dropped.bounds(Bounds(seq_lens=torch.tensor([10])))
 
 
 def test_mask_that_may_not_be_skipped_is_not_skipped():
-    assert adapter._mask(2, 6, q_length=6) is None
-    assert adapter._mask(2, 6, q_length=6, allow_is_causal_skip=False) == adapter.Bounds()
+    assert layer_mask(2, 6, 6) is None
+    assert layer_mask(2, 6, 6, allow_is_causal_skip=False).bounds() == Bounds()
 
 
 def test_sample_without_tokens():
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1] = False
-    assert adapter._mask(2, 6, attention_mask=mask, q_length=6).seq_lens.tolist() == [6, 0]
+    result = layer_mask(2, 6, 6, attention_mask=mask, mask_function=MASKS["window"], local_size=5).bounds()
+    assert (result.seq_lens.tolist(), result.seq_starts, result.window) == ([6, 0], None, 5)
+
+
+def test_a_padding_mask_is_read_once():
+    class Counted(torch.Tensor):
+        reads = 0
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.reads += function in (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__)
+            return super().__torch_function__(function, types, args, kwargs)
+
+    padding = torch.ones(2, 6, dtype=torch.bool)
+    padding[1, 4:] = False
+    mask = layer_mask(2, 6, 6, attention_mask=padding.as_subclass(Counted))
+    assert mask.bounds(Bounds(seq_lens=torch.tensor([6, 4]))).seq_lens.tolist() == [6, 4]
+    assert Counted.reads == 0
+    for _ in range(3):
+        assert isinstance(mask, LayerMask)
+        mask.bounds()
+    assert Counted.reads == 1

@@ -1,0 +1,46 @@
+"""`Bounds`: the masking facts of an attention layer, in place of an N × N mask."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Bounds", "token_mask"]
+
+
+def token_mask(seq_lens: Tensor, seq_starts: Tensor | None, length: int) -> Tensor:
+    """Return a padding mask `(B, length)`, bool, True at tokens."""
+    positions = torch.arange(length, device=seq_lens.device)
+    starts = torch.zeros_like(seq_lens) if seq_starts is None else seq_starts
+    return (positions >= starts[:, None]) & (positions < (starts + seq_lens)[:, None])
+
+
+class Bounds(NamedTuple):
+    """The keys that each row sees, under the names of the kernels' keywords: `attention(q, k, v, **bounds._asdict())`.
+
+    Args:
+        causal: a row sees no key after its own position.
+        window: a row sees its last `window` keys only, its own included.
+        seq_lens: `(B,)` int32, tokens of each padded sample; None for all N.
+        seq_starts: `(B,)` int32, first token of each sample, for left padding; None for 0.
+        cu_seqlens: `(S + 1,)` int32, bounds of S packed sequences (batch size 1).
+    """
+
+    causal: bool = True
+    window: int | None = None
+    seq_lens: Tensor | None = None
+    seq_starts: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    def tokens(self, length: int) -> Tensor | None:
+        """Return the padding mask `(B, length)`, bool, True at tokens; None without padding."""
+        if self.seq_lens is None:
+            return None
+        return token_mask(self.seq_lens, self.seq_starts, length)
+
+    def to(self, device: torch.device) -> Bounds:
+        """Return the bounds with their tensors on `device`."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**moved)
