@@ -42,5 +42,7 @@ class Bounds(NamedTuple):
 
     def to(self, device: torch.device) -> Bounds:
         """Return the bounds with their tensors on `device`."""
-        moved: dict[str, Any] = {name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)
+        }
         return self._replace(**moved)

@@ -1,4 +1,4 @@
-"""No pass reads a tensor back from the device but for its results: passes on fake CUDA tensors, which have no values."""
+"""No pass reads values back from the device, results apart: passes on fake CUDA tensors, which have no values."""
 
 import pytest
 import torch
@@ -79,17 +79,28 @@ def layout_of(side):
 def test_it_would_be_seen(on_cuda):
     _, to_cuda = on_cuda
     values = to_cuda({"x": torch.ones(3)})["x"]
-    readers = (
-        lambda: values.tolist(), lambda: bool(values.all()), lambda: values.nonzero(), lambda: values[values > 0],
-        lambda: values.cpu(), lambda: torch.ones(3).to("cuda"), lambda: torch.equal(values, values),
-        lambda: values.unique(), lambda: torch.tensor([1], device="cuda"), lambda: values.repeat_interleave(values.long()),
-    )  # fmt: skip
+    readers = {
+        "tolist": values.tolist,
+        "if": lambda: bool(values.all()),
+        "nonzero": values.nonzero,
+        "index": lambda: values[values > 0],
+        "equal": lambda: torch.equal(values, values),
+        "unique": values.unique,
+        "repeat_interleave": lambda: values.repeat_interleave(values.long()),
+        "to the host": values.cpu,
+        "from the host": lambda: torch.ones(3).to("cuda"),
+        "constant": lambda: torch.tensor([1], device="cuda"),
+    }
+    unseen = []
     with NoReads():
-        for number, reader in enumerate(readers):
-            with pytest.raises(AssertionError, match="CUDA"):
+        for name, reader in readers.items():
+            try:
                 reader()
-                pytest.fail(f"reader {number} was not seen")
+                unseen.append(name)
+            except AssertionError:
+                pass
         assert values.sum().device.type == "cuda"
+    assert not unseen
 
 
 def passes(model, batch):

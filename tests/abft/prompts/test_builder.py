@@ -340,7 +340,7 @@ def test_collated_batch_by_hand(builder):
     pad = builder.tokenizer.pad_token_id
     expected = {
         "input_ids": [[1, 10, 11, 12, 13], [1, 10, 11, pad, pad], [1, 10, pad, pad, pad]],
-        "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]],
+        "seq_lens": [5, 3, 2],
         "position_ids": [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0], [0, 1, 0, 0, 0]],
         "key_groups": [[-1, -1, 1, 0, -1], [-1, 1, -1, -1, -1], [-1, -1, -1, -1, -1]],
         "query_positions": [[4], [2], [1]],
@@ -351,8 +351,8 @@ def test_collated_batch_by_hand(builder):
         "label_ids": [builder.label_token_ids[c] for c in (1, 1, 0)],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
-    assert {name for name, tensor in batch.items() if tensor.dtype != torch.int64} == {"key_groups"}
-    assert batch["key_groups"].dtype == torch.int8
+    assert {name for name, tensor in batch.items() if tensor.dtype != torch.int64} == {"key_groups", "seq_lens"}
+    assert (batch["key_groups"].dtype, batch["seq_lens"].dtype) == (torch.int8, torch.int32)
 
 
 prompt_strategy = st.integers(2, 9).flatmap(
@@ -386,7 +386,8 @@ def test_collated_rows_hold_their_prompts_on_either_side(builder, prompts, side)
         assert batch["query_positions"][row].item() == start + prompt.length - 1
         outside = torch.ones(width, dtype=torch.bool)
         outside[own] = False
-        assert batch["attention_mask"][row].tolist() == (~outside).long().tolist()
+        assert batch["seq_lens"][row] == prompt.length
+        assert batch["seq_starts"][row] == start if side == "left" else "seq_starts" not in batch
         assert (batch["input_ids"][row][outside] == builder.tokenizer.pad_token_id).all()
         assert (batch["position_ids"][row][outside] == 0).all()
 

@@ -20,14 +20,13 @@ from trainers import (
 import abft
 from abft.evaluation.retrieval import evaluate_targets
 from abft.losses import abft_loss
+from abft.models.bounds import token_mask
 from abft.models.masses import attention_mass, layer_masses
 from abft.models.projections import find_qk
 from abft.prompts.builder import PromptCollator
-from abft.prompts.collation import CORRECT_LABELS, NO_GROUP, WRONG_LABELS
+from abft.prompts.collation import CORRECT_LABELS, MASS_INPUTS, NO_GROUP, WRONG_LABELS
 from abft.prompts.targets import AttentionTarget, TargetCollator
 from abft.training.trainer import ABFTTrainer
-
-PASSED = ("input_ids", "attention_mask", "position_ids", "key_groups", "query_positions", "cu_seqlens")
 
 
 def target(length, rows, positive, negative=None, seed=0, label_id=None):
@@ -101,7 +100,7 @@ def test_a_batch_by_hand():
     assert batch["input_ids"].shape == (4, 20)
     ids = [[*item.input_ids[: item.length], *[0] * (20 - item.length)] for item in MIXED]
     assert batch["input_ids"].tolist() == ids
-    assert [item.length for item in MIXED] == batch["attention_mask"].sum(1).tolist() == [12, 20, 9, 13]
+    assert [item.length for item in MIXED] == batch["seq_lens"].tolist() == [12, 20, 9, 13]
     assert batch["query_positions"].tolist() == [[9, 11, 11], [19, 19, 19], [5, 6, 8], [12, 12, 12]]
     assert batch["prompt_lengths"].tolist() == [[10, 12, 12], [20, 20, 20], [6, 7, 9], [13, 13, 13]]
     assert batch["demonstrations"].tolist() == [[3] * 3, [20] * 3, [4] * 3, [1] * 3]
@@ -128,7 +127,7 @@ def test_left_padding_ends_in_one_column():
     assert batch["query_positions"][:, -1].tolist() == [19] * 4
     right = TargetCollator(0)(MIXED)
     for name in ("input_ids", "key_groups", "position_ids"):
-        padding = [b["attention_mask"].bool() for b in (batch, right)]
+        padding = [token_mask(b["seq_lens"], b.get("seq_starts"), 20) for b in (batch, right)]
         assert torch.equal(batch[name][padding[0]], right[name][padding[1]]), name
 
 
@@ -145,7 +144,7 @@ def test_a_prompt_and_its_target_make_one_batch(labelled_prompts, toy_builder):
 
 def test_packed_batches_and_budgets():
     padded, packed = TargetCollator(0)(MIXED), TargetCollator(0, True)(MIXED)
-    mask = padded["attention_mask"].bool()
+    mask = token_mask(padded["seq_lens"], None, padded["input_ids"].shape[1])
     for name in ("input_ids", "key_groups", "position_ids"):
         assert torch.equal(packed[name][0], padded[name][mask]), name
     starts = packed["cu_seqlens"][:-1, None]
@@ -168,7 +167,7 @@ def test_loss_and_gradient_by_hand(kind, head_filter, layout):
     eager, ours = tiny(kind, attention="eager", **LABEL_LOOKERS), abft.enable(tiny(kind, **LABEL_LOOKERS))
     batch = TargetCollator(0, **layout)(items)
     options = {"wrong_penalty": 0.7, "correct_award": 1.3, "head_filter": head_filter}
-    got = loss_of(batch, layer_masses(ours, **{name: batch[name] for name in PASSED if name in batch}), **options)
+    got = loss_of(batch, layer_masses(ours, **{name: batch[name] for name in MASS_INPUTS if name in batch}), **options)
     wanted, counts = zip(*(by_hand(eager, item, **options) for item in items), strict=True)
     torch.testing.assert_close(got.per_prompt, torch.stack(wanted), atol=2e-5, rtol=1e-5)
     assert got.head_counts.tolist() == pytest.approx(counts)
@@ -188,7 +187,7 @@ def test_loss_and_gradient_by_hand(kind, head_filter, layout):
 def test_the_filter_passes_every_head_where_all_tokens_are_keys():
     item = target(20, (17, 19), (4,))
     batch = TargetCollator(0)([item])
-    masses = layer_masses(abft.enable(tiny("llama")), **{name: batch[name] for name in PASSED if name in batch})
+    masses = layer_masses(abft.enable(tiny("llama")), **{name: batch[name] for name in MASS_INPUTS if name in batch})
     assert loss_of(batch, masses).selected.all()
     torch.testing.assert_close(torch.stack(masses).sum(-1), torch.ones(2, 1, 4, 2))
 
@@ -422,7 +421,7 @@ def test_what_the_collator_and_the_trainer_refuse(toy_prompts, toy_builder, tmp_
 def test_rows_that_attention_mass_gives():
     """A target's rows are those of `attention_mass`, in their order."""
     model, batch = abft.enable(tiny("llama")), TargetCollator(0)(MIXED)
-    arguments = {name: batch[name] for name in PASSED if name in batch}
+    arguments = {name: batch[name] for name in MASS_INPUTS if name in batch}
     every = attention_mass(model, **{**arguments, "query_positions": None})
     rows = batch["query_positions"][:, None, :, None]
     for mass, full in zip(layer_masses(model, **arguments), every, strict=True):

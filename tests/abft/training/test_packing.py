@@ -5,6 +5,7 @@ import torch
 from tiny_models import tiny
 from trainers import LABEL_LOOKERS, assert_same_trajectory, losses, trained, trainer_of
 
+from abft.models.bounds import token_mask
 from abft.models.masses import layer_masses
 from abft.prompts.builder import PromptCollator
 from abft.prompts.collation import CORRECT_LABELS, NO_GROUP
@@ -14,7 +15,7 @@ from abft.training.config import ABFTConfig
 def test_a_packed_batch_holds_the_padded_one(toy_prompts, toy_builder):
     prompts = toy_prompts[:5]
     padded, packed = PromptCollator(toy_builder)(prompts), PromptCollator(toy_builder, packing=True)(prompts)
-    mask = padded["attention_mask"].bool()
+    mask = token_mask(padded["seq_lens"], None, padded["input_ids"].shape[1])
     assert packed["cu_seqlens"].tolist() == [0, *torch.tensor([p.length for p in prompts]).cumsum(0).tolist()]
     for name in ("input_ids", "key_groups", "position_ids"):
         assert torch.equal(packed[name][0], padded[name][mask]), name
@@ -22,7 +23,7 @@ def test_a_packed_batch_holds_the_padded_one(toy_prompts, toy_builder):
     assert packed["query_positions"][:, 0].tolist() == [end - 1 for end in packed["cu_seqlens"][1:].tolist()]
     for name in ("prompt_lengths", "demonstrations", "correct_demonstrations", "labels", "label_ids"):
         assert torch.equal(packed[name], padded[name]), name
-    assert "attention_mask" not in packed
+    assert "seq_lens" not in packed
     assert torch.equal(padded["correct_demonstrations"], (padded["key_groups"] == CORRECT_LABELS).sum(1))
     assert (packed["key_groups"] != NO_GROUP).sum() == 4 * 5
 

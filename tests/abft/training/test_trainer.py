@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from abft.losses import abft_loss
 from abft.models.attention import is_enabled
+from abft.models.bounds import token_mask
 from abft.models.masses import attention_mass
 from abft.models.projections import find_qk
 from abft.models.weights import load_trained
@@ -128,7 +129,7 @@ def test_logged_loss_is_the_mean_over_the_prompts(toy_prompts, toy_builder, tmp_
     model = tiny("llama", **LABEL_LOOKERS)
     model.set_attn_implementation("abft")
     masses = attention_mass(
-        model, batch["input_ids"], batch["key_groups"], attention_mask=batch["attention_mask"],
+        model, batch["input_ids"], batch["key_groups"], seq_lens=batch["seq_lens"],
         query_positions=batch["query_positions"],
     )  # fmt: skip
     want = abft_loss(
@@ -242,7 +243,7 @@ def test_lora_moves_the_adapter_alone(toy_prompts, toy_builder, tmp_path):
 
 def masses_of(model, prompts, builder):
     batch = PromptCollator(builder)(prompts)
-    names = ("input_ids", "key_groups", "attention_mask", "query_positions")
+    names = ("input_ids", "key_groups", "seq_lens", "query_positions")
     with torch.no_grad():
         masses = torch.stack(attention_mass(model.eval(), **{name: batch[name] for name in names}))
     return masses.double().mean(dim=(0, 1, 2, 3)).tolist()
@@ -296,8 +297,8 @@ def test_e2e_is_cross_entropy_at_the_last_token(kind, side, toy_prompts, toy_bui
     model = tiny(kind)
     trainer = trainer_of(model, toy_prompts, toy_builder, tmp_path, method="e2e")
     batch = PromptCollator(toy_builder, padding_side=side)(toy_prompts[:7])
-    names = ("input_ids", "attention_mask", "position_ids")
-    logits = model(**{name: batch[name] for name in names}).logits
+    mask = token_mask(batch["seq_lens"], batch.get("seq_starts"), batch["input_ids"].shape[1])
+    logits = model(batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"]).logits
     last = logits[torch.arange(7), batch["query_positions"][:, 0]]
     want = torch.nn.functional.cross_entropy(last, batch["label_ids"])
     got = trainer.compute_loss(model, batch)
