@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from abft.files import save_figure
 from bench.gpu.goals import print_verdicts
 from bench.verify import problems
 
@@ -61,11 +62,8 @@ def draw(result: dict[str, Any], out_dir: Path) -> list[Path]:
         if not any(ax.lines for ax in axes):
             return
         axes[0].legend(fontsize=8)
-        out_dir.mkdir(parents=True, exist_ok=True)
         path = out_dir / file
-        partial = path.with_suffix(".partial.png")
-        figure.savefig(partial, dpi=160)
-        partial.replace(path)
+        save_figure(figure, path, dpi=160, tight=False)
         made.append(path)
 
     fused = suites.get("kernels", []) + suites.get("flex", [])
@@ -114,10 +112,8 @@ def draw_training(result: dict[str, Any], out_dir: Path) -> Path:
     source = result["provenance"]
     figure.supxlabel(f"one training step, 4-layer Llama, float32, one CPU thread, torch {source['versions']['torch']}, "
                      f"{source['date'][:10]}", fontsize=8, color="#444444")  # fmt: skip
-    out_dir.mkdir(parents=True, exist_ok=True)
-    path, partial = out_dir / "cpu-training.png", out_dir / "cpu-training.partial.png"
-    figure.savefig(partial, dpi=160)
-    partial.replace(path)
+    path = out_dir / "cpu-training.png"
+    save_figure(figure, path, dpi=160, tight=False)
     return path
 
 

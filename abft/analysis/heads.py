@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from abft.evaluation.batching import evaluation_mode
 from abft.models.attention import transformer_of
+from abft.models.loading import context_of
 from abft.models.masses import layer_masses
 from abft_kernels.validation import MAX_GROUPS
 
@@ -205,6 +206,6 @@ def retrieval_scores(
 
 
 def _check_length(model: PreTrainedModel | PeftModel, length: int) -> None:
-    limit = getattr(transformer_of(model).config.get_text_config(), "max_position_embeddings", None)
+    limit = context_of(transformer_of(model).config)
     if limit is not None and length > limit:
         raise ValueError(f"{length} tokens are beyond the model's context of {limit}; pass fewer")

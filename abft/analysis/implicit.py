@@ -9,28 +9,22 @@ model with a random update of W_K and W_V of the same size, matrix by matrix (th
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from abft.analysis.fine_tuning import fine_tune
+from abft.analysis.observing import Observation, common_ending, observe
 from abft.evaluation.batching import evaluation_mode, length_sorted_batches
-from abft.evaluation.classification import evaluate, label_logits
 from abft.models.attention import is_enabled
-from abft.models.masses import forward
-from abft.models.momentum import check_momentum
-from abft.models.projections import KeyValueUpdate, attention_modules, find_kv
-from abft.prompts.builder import Prompt, PromptBuilder, PromptCollator
+from abft.prompts.builder import PromptBuilder, PromptCollator
 from abft.prompts.examples import Example
 
-__all__ = ["ImplicitFineTuning", "MomentumGain", "compare_with_fine_tuning", "fine_tune", "momentum_gain"]
+__all__ = ["ImplicitFineTuning", "compare_with_fine_tuning"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,83 +71,6 @@ class ImplicitFineTuning:
             **{name: value.tolist() for name, value in layers.items()},
             **{f"{name}_mean": value.mean().item() for name, value in layers.items()},
         }
-
-
-@dataclass(frozen=True)
-class MomentumGain:
-    """Accuracy with plain and with momentum attention.
-
-    Args:
-        n: number of prompts.
-        plain: accuracy of the model as it is.
-        accuracy: by η.
-    """
-
-    n: int
-    plain: float
-    accuracy: Mapping[float, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; `gains` is a list of η, accuracy and its difference to plain attention."""
-        gains = [{"eta": eta, "accuracy": a, "gain": a - self.plain} for eta, a in self.accuracy.items()]
-        return {"n": self.n, "plain": self.plain, "gains": gains}
-
-
-def fine_tune(
-    model: PreTrainedModel,
-    builder: PromptBuilder,
-    demonstrations: Sequence[Example],
-    *,
-    learning_rate: float = 0.01,
-    epochs: int = 1,
-    progress: bool = True,
-) -> tuple[PreTrainedModel, KeyValueUpdate, tuple[float, ...]]:
-    """Fine-tunes a copy of the model on the demonstrations as the paper does, to compare with ICL.
-
-    One step of plain SGD per demonstration, in their order: cross-entropy, over the whole vocabulary, of its label's
-    first token behind its zero-shot prompt. Only W_K and W_V are trained, without dropout; of a fused projection the
-    rows of k and v. Updates are summed in float32 whatever the model's dtype.
-
-    Args:
-        model: causal language model, which stays as it is.
-        builder: of the prompts.
-        demonstrations: at least one.
-        learning_rate: of SGD, more than 0. What works depends on the model: look at the losses.
-        epochs: passes over the demonstrations; 1 in the paper.
-        progress: show a progress bar.
-
-    Returns:
-        The fine-tuned copy, in evaluation mode; its update, which can also set it to other weights; and the loss
-        before each step, in nats.
-
-    Raises:
-        ValueError: no demonstrations, a number out of range, quantized projections, or a loss that is not finite.
-        NotImplementedError: a model under PEFT, or one whose W_K and W_V cannot be told from the rest.
-    """
-    if not demonstrations:
-        raise ValueError("no demonstrations to fine-tune on; pass those that the prompts show")
-    if epochs < 1 or not 0 < learning_rate < math.inf:
-        raise ValueError(
-            f"epochs must be 1 or more and learning_rate finite and over 0, got {epochs} and {learning_rate}"
-        )
-    find_kv(model)  # refuses before anything is copied
-    prompts = [builder.build([], demonstration) for demonstration in demonstrations]
-    tuned = copy.deepcopy(model).eval().requires_grad_(False)
-    update = KeyValueUpdate(tuned)
-    device = next(tuned.parameters()).device
-    collate = PromptCollator(builder)
-    losses: list[float] = []
-    for prompt in track(prompts * epochs, description="Fine-tuning", disable=not progress):
-        batch = {name: tensor.to(device) for name, tensor in collate([prompt]).items()}
-        with torch.enable_grad(), update.trained() as parameters:
-            logits = forward(tuned, input_ids=batch["input_ids"], logits_to_keep=1).logits[:, -1]
-            loss = nn.functional.cross_entropy(logits.float(), batch["label_ids"].to(logits.device))
-            gradients = torch.autograd.grad(loss, parameters)
-        losses.append(loss.item())
-        if not loss.isfinite():
-            raise ValueError(f"loss {loss.item()} in step {len(losses)} of fine-tuning; lower {learning_rate=}")
-        update.step(gradients, learning_rate)
-    return tuned, update, tuple(losses)
 
 
 @torch.no_grad()
@@ -205,62 +122,16 @@ def compare_with_fine_tuning(
     totals = _Totals()
     with evaluation_mode(model):
         for indices, icl_batch in length_sorted_batches(shown, builder, batch_size, "Comparing", progress):
-            own = torch.tensor([_common_ending(shown[i], alone[i]) for i in indices])
+            own = torch.tensor([common_ending(shown[i], alone[i]) for i in indices])
             zero_shot_batch = collate([alone[i] for i in indices])
-            icl = _observe(model, icl_batch, builder, own)
-            zero_shot = _observe(model, zero_shot_batch, builder, own)
+            icl = observe(model, icl_batch, builder, own)
+            zero_shot = observe(model, zero_shot_batch, builder, own)
             update.write()
-            fine_tuned = _observe(tuned, zero_shot_batch, builder, own)
+            fine_tuned = observe(tuned, zero_shot_batch, builder, own)
             random_update.write()
-            randomly = _observe(tuned, zero_shot_batch, builder, own)
+            randomly = observe(tuned, zero_shot_batch, builder, own)
             totals.add(icl_batch["labels"], icl, zero_shot, fine_tuned, randomly)
     return totals.result(len(queries), losses)
-
-
-def momentum_gain(
-    model: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    builder: PromptBuilder,
-    etas: Sequence[float],
-    *,
-    batch_size: int = 32,
-    progress: bool = True,
-) -> MomentumGain:
-    """Accuracy with plain attention, and with momentum attention for each η.
-
-    The model is taken as it is, whereas the paper trains its models with momentum attention from the start.
-
-    Args:
-        model: on the `"abft"` attention (see :func:`abft.enable`).
-        prompts: at least one.
-        builder: the prompts' builder.
-        etas: each between 0 and 1.
-        batch_size: prompts per forward pass.
-        progress: show progress bars.
-
-    Raises:
-        ValueError: no η or one out of range, or as :func:`abft.evaluate`.
-        NotImplementedError: as there, or a layer's attention does not come through transformers' attention interface.
-    """
-    if not len(etas):
-        raise ValueError("no etas to try; pass one or more numbers between 0 and 1")
-    for eta in etas:
-        check_momentum(eta)
-    seen: set[nn.Module] = set()
-    shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    plain = evaluate(model, prompts, builder, **shared, attention_probe=lambda module, *_: seen.add(module)).accuracy
-    _check_all_seen(model, len(seen))
-    accuracy = {eta: evaluate(model, prompts, builder, **shared, momentum=eta).accuracy for eta in etas}
-    return MomentumGain(len(prompts), plain, accuracy)
-
-
-@dataclass(frozen=True, eq=False)
-class _Observed:
-    """What a batch of B prompts looks like inside a model, on the CPU."""
-
-    predictions: Tensor  # (B,) int64
-    outputs: Tensor  # (L, B, width), of length 1
-    scores: Tensor  # (L, B, H, W), 0 in front of the query's own tokens
 
 
 @dataclass
@@ -275,7 +146,7 @@ class _Totals:
     layers: dict[str, Tensor] = field(default_factory=dict)
 
     def add(
-        self, labels: Tensor, icl: _Observed, zero_shot: _Observed, fine_tuned: _Observed, randomly: _Observed
+        self, labels: Tensor, icl: Observation, zero_shot: Observation, fine_tuned: Observation, randomly: Observation
     ) -> None:
         settings = {"zero-shot": zero_shot, "icl": icl, "fine-tuned": fine_tuned, "random update": randomly}
         right = {name: observed.predictions == labels for name, observed in settings.items()}
@@ -309,73 +180,11 @@ class _Totals:
         )
 
 
-def _update_similarity(a: _Observed, b: _Observed, origin: _Observed) -> Tensor:
+def _update_similarity(a: Observation, b: Observation, origin: Observation) -> Tensor:
     """Cosine of what moved the attention outputs from `origin` to `a` and to `b`, `(L, B)`."""
     return torch.cosine_similarity(a.outputs - origin.outputs, b.outputs - origin.outputs, dim=-1, eps=1e-12)
 
 
-def _score_similarity(a: _Observed, b: _Observed) -> Tensor:
+def _score_similarity(a: Observation, b: Observation) -> Tensor:
     """Cosine of the scores, mean over heads, `(L, B)`."""
     return torch.cosine_similarity(a.scores, b.scores, dim=-1, eps=1e-12).mean(-1)
-
-
-def _common_ending(a: Prompt, b: Prompt) -> int:
-    """How many tokens both prompts end with."""
-    pairs = zip(reversed(a.input_ids), reversed(b.input_ids), strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(a.length, b.length))
-
-
-def _check_all_seen(model: PreTrainedModel, seen: int) -> None:
-    layers = model.config.get_text_config().num_hidden_layers
-    if seen != layers:
-        raise NotImplementedError(
-            f"{type(model).__name__} shows the attention of {seen} of {layers} layers: some of it does not go through "
-            "transformers' AttentionInterface"
-        )
-
-
-def _observe(model: PreTrainedModel, batch: dict[str, Tensor], builder: PromptBuilder, own: Tensor) -> _Observed:
-    """Predictions, attention outputs and scores at the last tokens; `own` `(B,)`: tokens of the query itself."""
-    modules = attention_modules(model)
-    outputs: dict[nn.Module, Tensor] = {}
-    scores: dict[nn.Module, Tensor] = {}
-    last = batch["query_positions"]
-
-    def keep_output(module: nn.Module, arguments: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        row = hidden.take_along_dim(last[..., None].to(hidden.device), dim=1)[:, 0]
-        outputs[module] = nn.functional.normalize(row.float(), dim=-1).cpu()
-
-    def keep_scores(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        scores[module] = _last_scores(query, key, last.to(query.device), own.to(query.device), scale).cpu()
-
-    with _hooked(modules, keep_output):
-        logits = label_logits(model, batch, builder.label_token_ids, attention_probe=keep_scores)
-    _check_all_seen(model, sum(module in scores and module in outputs for module in modules))
-    if not logits.isfinite().all():
-        raise ValueError("label logits that are not finite; load the model in float32, or lower the learning rate")
-    return _Observed(
-        logits.argmax(1).cpu(),
-        torch.stack([outputs[module] for module in modules]),
-        torch.stack([scores[module] for module in modules]),
-    )
-
-
-def _last_scores(query: Tensor, key: Tensor, last: Tensor, own: Tensor, scale: float) -> Tensor:
-    """Scores before the softmax of row `last` `(B, 1)` over the `own` `(B,)` keys that end with it, `(B, H, W)`."""
-    back = torch.arange(int(own.max()) - 1, -1, -1, device=key.device)
-    keys = key.take_along_dim((last - back).clamp(min=0)[:, None, :, None], dim=2).float()  # [B, H_kv, W, D]
-    rows = query.take_along_dim(last[:, None, :, None], dim=2).float()  # [B, H, 1, D]
-    rows = rows.unflatten(1, (key.shape[1], -1))[:, :, :, 0]  # [B, H_kv, H / H_kv, D]
-    scores = (rows @ keys.transpose(2, 3)).flatten(1, 2) * scale
-    return scores.masked_fill((back >= own[:, None])[:, None], 0.0)
-
-
-@contextmanager
-def _hooked(modules: Sequence[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

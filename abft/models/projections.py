@@ -1,13 +1,11 @@
-"""W_Q, W_K and W_V of every attention layer.
+"""Where W_Q, W_K and W_V stand in the attention layers of each architecture, and training W_Q and W_K.
 
-ABFT trains W_Q and W_K, whole or as LoRA, and nothing else; `KeyValueUpdate` adds to W_K and W_V.
+`ARCHITECTURES` has one row per kind of attention layer; everything else here reads it.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +15,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["KeyValueUpdate", "TrainedParameter", "attention_modules", "find_kv", "find_qk", "lora_qk", "train_qk"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Projection",
+    "TrainedParameter",
+    "attention_modules",
+    "find_kv",
+    "find_qk",
+    "lora_qk",
+    "train_qk",
+]
 
 
 @dataclass(frozen=True)
 class TrainedParameter:
-    """A parameter that holds W_Q or W_K: whole, or some entries along `dim` if q, k and v are fused.
+    """A parameter that holds some of W_Q, W_K and W_V: whole, or some entries along `dim` if they are fused.
 
     Args:
         name: full name in the model's `state_dict`.
-        dim: the output dimension of a fused projection; None if the whole parameter is trained.
-        length: entries along `dim`, of each block, that belong to q and k.
+        dim: the output dimension of a fused projection; None for the whole parameter.
+        length: entries along `dim`, of each block.
         start: the first of them.
-        blocks: equal parts of `dim`, the heads, where a projection holds q, k and v head by head.
+        blocks: equal parts of `dim`, the heads, if a projection holds q, k and v head by head.
     """
 
     name: str
@@ -43,7 +51,7 @@ class TrainedParameter:
         return self.dim is not None
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The trained part of `tensor`, without a copy; with several blocks they are a dimension of their own."""
+        """Return the part of `tensor`, without a copy; several blocks are a dimension of their own."""
         if self.dim is None or self.length is None:
             return tensor
         if self.blocks == 1:
@@ -51,59 +59,206 @@ class TrainedParameter:
         return tensor.unflatten(self.dim, (self.blocks, -1)).narrow(self.dim + 1, self.start, self.length)
 
 
-def _of_module(name: str, module: nn.Module) -> list[TrainedParameter]:
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer of an attention module, and the order of q, k and v among its outputs.
+
+    Args:
+        child: name of the layer in the attention module.
+        parts: what the outputs are, in their order: "q", "k", "v", or "latent" (k and v are computed from it),
+            each with its number of outputs. A layer that holds one of them needs no number.
+        blocks: equal blocks of outputs, each of them in this order: the heads, if they are stored head by head.
+        dim: dimension of the outputs in the weight: 0 for `nn.Linear`, 1 for `Conv1D`.
+    """
+
+    child: str
+    parts: Mapping[str, int | None]
+    blocks: int = 1
+    dim: int = 0
+
+    def select(self, module_name: str, wanted: Collection[str]) -> TrainedParameter | None:
+        """Return the wanted part of the weight; None if it holds nothing of it.
+
+        Raises:
+            ValueError: other outputs lie between the wanted ones.
+        """
+        name = f"{module_name}.{self.child}.weight"
+        inside = [part in wanted for part in self.parts]
+        if not any(inside):
+            return None
+        if all(inside):
+            return TrainedParameter(name)
+        sizes = [size or 0 for size in self.parts.values()]
+        first, last = inside.index(True), len(inside) - inside[::-1].index(True)
+        if not all(inside[first:last]):
+            raise ValueError(f"{name}: {', '.join(wanted)} are not side by side in {', '.join(self.parts)}")
+        return TrainedParameter(name, self.dim, sum(sizes[first:last]), sum(sizes[:first]), self.blocks)
+
+
+_Children = Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One kind of attention module.
+
+    Args:
+        name: how error messages call it.
+        matches: true for the attention modules of this kind; takes the module and its children by name.
+        projections: returns the projections of such a module; those that it lacks are left out.
+    """
+
+    name: str
+    matches: Callable[[nn.Module, _Children], bool]
+    projections: Callable[[Any, Any], tuple[Projection, ...]]
+
+
+def _is_conv1d_of_three(module: nn.Module, children: _Children) -> bool:
+    fused = children.get("c_attn")
+    return isinstance(fused, Conv1D) and fused.nf == 3 * fused.nx
+
+
+def _grouped(attention: Any, layer: nn.Linear) -> dict[str, int | None]:
+    """Return q, k and v side by side, with as many heads as the configuration says."""
+    heads, kv_heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
+    head_dim = layer.out_features // (heads + 2 * kv_heads)
+    return {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
+
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    Architecture(
+        "q_proj, k_proj and v_proj",
+        lambda module, children: {"q_proj", "k_proj"} <= children.keys(),
+        lambda module, children: tuple(Projection(f"{part}_proj", {part: None}) for part in "qkv"),
+    ),
+    Architecture(
+        "GPT-2's c_attn",
+        _is_conv1d_of_three,
+        lambda module, children: (Projection("c_attn", dict.fromkeys("qkv", children["c_attn"].nx), dim=1),),
+    ),
+    Architecture(
+        "GPT-NeoX's query_key_value",
+        lambda module, children: type(module).__name__.startswith("GPTNeoX") and "query_key_value" in children,
+        lambda module, children: (
+            Projection(
+                "query_key_value",
+                dict.fromkeys("qkv", module.config.hidden_size // module.config.num_attention_heads),
+                blocks=module.config.num_attention_heads,
+            ),
+        ),
+    ),
+    Architecture(
+        "latent attention (MLA)",  # as in DeepSeek-V3
+        lambda module, children: {"kv_a_proj_with_mqa", "kv_b_proj"} <= children.keys(),
+        lambda module, children: (
+            *(Projection(name, {"q": None}) for name in ("q_proj", "q_a_proj", "q_b_proj")),
+            # v is computed from the latent too: of the rows of this layer only the rotary keys are W_K.
+            Projection(
+                "kv_a_proj_with_mqa", {"latent": module.config.kv_lora_rank, "k": module.config.qk_rope_head_dim}
+            ),
+            Projection(
+                "kv_b_proj",
+                {"k": module.config.qk_nope_head_dim, "v": module.config.v_head_dim},
+                blocks=module.config.num_attention_heads,
+            ),
+        ),
+    ),
+    Architecture(
+        "Phi's qkv_proj",
+        # Other models' qkv_proj (CodeGen, MiniMax) interleaves q, k and v by head.
+        lambda module, children: (
+            isinstance(children.get("qkv_proj"), nn.Linear) and type(module).__name__.startswith(("Phi3", "Phi4"))
+        ),
+        lambda module, children: (Projection("qkv_proj", _grouped(module, children["qkv_proj"])),),
+    ),
+)
+"""The kinds of attention modules, each in one row; the first that matches counts."""
+
+
+def _known() -> str:
+    return "; ".join(architecture.name for architecture in ARCHITECTURES)
+
+
+def _projections(module: nn.Module) -> tuple[Projection, ...]:
+    """Return the projections that the module has; none if it is no attention module of a known kind."""
     children = dict(module.named_children())
-    if "q_proj" in children and "k_proj" in children:
-        return [TrainedParameter(f"{name}.{child}.weight") for child in ("q_proj", "k_proj")]
-    if isinstance(fused := children.get("c_attn"), Conv1D) and fused.nf == 3 * fused.nx:
-        return [TrainedParameter(f"{name}.c_attn.weight", dim=1, length=2 * fused.nx)]  # Conv1D: (in, out)
-    config: Any = getattr(module, "config", None)
-    if type(module).__name__.startswith("GPTNeoX") and "query_key_value" in children:
-        head_dim = config.hidden_size // config.num_attention_heads
-        return [TrainedParameter(f"{name}.query_key_value.weight", 0, 2 * head_dim, blocks=config.num_attention_heads)]
-    if {"kv_a_proj_with_mqa", "kv_b_proj"} <= children.keys():  # multi-head latent attention, as in DeepSeek-V3
-        queries = [child for child in ("q_proj", "q_a_proj", "q_b_proj") if children.get(child) is not None]
-        latent, rope, heads = config.kv_lora_rank, config.qk_rope_head_dim, config.num_attention_heads
-        return [
-            *(TrainedParameter(f"{name}.{child}.weight") for child in queries),
-            # The latent itself feeds v as well: of what makes it, the rotary keys alone are W_K.
-            TrainedParameter(f"{name}.kv_a_proj_with_mqa.weight", 0, rope, start=latent),
-            TrainedParameter(f"{name}.kv_b_proj.weight", 0, config.qk_nope_head_dim, blocks=heads),
-        ]
-    fused = children.get("qkv_proj")
-    # Elsewhere (CodeGen, MiniMax) a projection of this name interleaves q, k and v by head.
-    if isinstance(fused, nn.Linear) and type(module).__name__.startswith(("Phi3", "Phi4")):
-        head_dim = fused.out_features // (config.num_attention_heads + 2 * config.num_key_value_heads)
-        rows = head_dim * (config.num_attention_heads + config.num_key_value_heads)
-        return [TrainedParameter(f"{name}.qkv_proj.weight", dim=0, length=rows)]
-    return []
+    for architecture in ARCHITECTURES:
+        if architecture.matches(module, children):
+            return tuple(item for item in architecture.projections(module, children) if item.child in children)
+    return ()
 
 
-def find_qk(model: nn.Module) -> list[TrainedParameter]:
-    """The parameters that hold W_Q and W_K, one or more per attention layer, in the model's order.
+def _attention_layers(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[Projection, ...]]]:
+    """Return the attention module of each layer and its projections by name, in the model's order.
 
     Raises:
         ValueError: not every layer has projections of a known form.
     """
-    found: list[TrainedParameter] = []
-    layers = 0
-    for name, module in model.named_modules():
-        parameters = _of_module(name, module)
-        found += parameters
-        layers += bool(parameters)
+    found = {
+        name: (module, projections) for name, module in model.named_modules() if (projections := _projections(module))
+    }
     config = getattr(model, "config", None)
-    expected = config.get_text_config().num_hidden_layers if config is not None else layers
-    if not found or layers != expected:
+    expected = config.get_text_config().num_hidden_layers if config is not None else len(found)
+    if not found or len(found) != expected:
         raise ValueError(
-            f"found q and k projections in {layers} of {expected} layers of {type(model).__name__}; known are "
-            "q_proj and k_proj, GPT-2's c_attn, GPT-NeoX's query_key_value, Phi's qkv_proj and latent attention (MLA). "
-            "For other names train with LoRA and name them (lora_target_modules)"
+            f"found q and k projections in {len(found)} of {expected} layers of {type(model).__name__}; known are "
+            f"{_known()}. For other names train with LoRA and name them (lora_target_modules)"
         )
     return found
 
 
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the attention module of each layer, in the model's order.
+
+    Raises:
+        ValueError: not every layer has q and k projections of a known form.
+    """
+    return [module for module, _ in _attention_layers(model).values()]
+
+
+def _select(model: nn.Module, wanted: Collection[str]) -> list[TrainedParameter]:
+    return [
+        part
+        for name, (_, projections) in _attention_layers(model).items()
+        for projection in projections
+        if (part := projection.select(name, wanted)) is not None
+    ]
+
+
+def find_qk(model: nn.Module) -> list[TrainedParameter]:
+    """Return the parameters that hold W_Q and W_K, one or more per attention layer, in the model's order.
+
+    Raises:
+        ValueError: not every layer has projections of a known form.
+    """
+    return _select(model, ("q", "k"))
+
+
+def find_kv(model: PreTrainedModel) -> list[TrainedParameter]:
+    """Return the parameters that hold W_K and W_V, one or two per attention layer, in the model's order.
+
+    Raises:
+        ValueError: not every layer has projections of a known form, or they are quantized.
+        NotImplementedError: a model under PEFT, or latent attention (MLA), where no W_K and W_V exist.
+    """
+    if isinstance(model, PeftModel):
+        raise NotImplementedError(f"W_K and W_V are under {model.peft_type}; merge the adapter (merge_and_unload)")
+    for module, projections in _attention_layers(model).values():
+        parts = {part for projection in projections for part in projection.parts}
+        if "latent" in parts or not {"k", "v"} <= parts:
+            raise NotImplementedError(
+                f"{type(module).__name__} has no W_K and W_V of its own "
+                f"({', '.join(projection.child for projection in projections)}); load a model that has them"
+            )
+    found = _select(model, ("k", "v"))
+    for item in found:
+        if not (parameter := model.get_parameter(item.name)).is_floating_point():
+            raise ValueError(f"{item.name} is quantized to {parameter.dtype}; load the model in bfloat16 or float32")
+    return found
+
+
 def train_qk(model: PreTrainedModel) -> list[TrainedParameter]:
-    """Makes W_Q and W_K the only parameters that require a gradient; returns them.
+    """Make W_Q and W_K the only parameters that require a gradient; return them.
 
     In a fused projection the gradient of the value part is zeroed as it arrives, so that part does not move under
     any optimizer without weight decay.
@@ -133,7 +288,7 @@ def _keeping(item: TrainedParameter) -> Any:
 def lora_qk(
     model: PreTrainedModel, *, r: int = 16, alpha: int = 32, target_modules: list[str] | None = None
 ) -> PeftModel:
-    """Wraps `model` with LoRA on the q and k projections (r = 16 in the paper), through PEFT.
+    """Wrap `model` with LoRA on the q and k projections (r = 16 in the paper), through PEFT.
 
     Raises:
         ValueError: r below 1, a fused projection (LoRA would move v too), or target modules that the model lacks.
@@ -153,114 +308,3 @@ def lora_qk(
         raise ValueError(f"{type(model).__name__} has no module named {', '.join(missing)}; it has {sorted(names)}")
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=target_modules, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
-
-
-def _attention_names(model: nn.Module) -> list[str]:
-    """Names of the attention modules, in the model's order: those that hold W_Q and W_K."""
-    return list(dict.fromkeys(item.name.rsplit(".", 2)[0] for item in find_qk(model)))
-
-
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention module of each layer, in the model's order.
-
-    Raises:
-        ValueError: not every layer has q and k projections of a known form.
-    """
-    return [model.get_submodule(name) for name in _attention_names(model)]
-
-
-def _key_value_of_module(name: str, module: nn.Module) -> list[TrainedParameter]:
-    children = dict(module.named_children())
-    config: Any = getattr(module, "config", None)
-    if "k_proj" in children and "v_proj" in children:
-        return [TrainedParameter(f"{name}.{child}.weight") for child in ("k_proj", "v_proj")]
-    if isinstance(fused := children.get("c_attn"), Conv1D):  # (in, out)
-        return [TrainedParameter(f"{name}.c_attn.weight", dim=1, start=fused.nx, length=2 * fused.nx)]
-    if "query_key_value" in children:  # GPT-NeoX: q, k and v head by head
-        head_dim = config.hidden_size // config.num_attention_heads
-        return [
-            TrainedParameter(
-                f"{name}.query_key_value.weight", 0, 2 * head_dim, start=head_dim, blocks=config.num_attention_heads
-            )
-        ]
-    if isinstance(fused := children.get("qkv_proj"), nn.Linear):  # Phi
-        head_dim = fused.out_features // (config.num_attention_heads + 2 * config.num_key_value_heads)
-        start = head_dim * config.num_attention_heads
-        return [TrainedParameter(f"{name}.qkv_proj.weight", 0, fused.out_features - start, start=start)]
-    raise NotImplementedError(
-        f"{type(module).__name__} has no W_K and W_V of its own ({', '.join(children)}); known are k_proj and v_proj, "
-        "GPT-2's c_attn, GPT-NeoX's query_key_value and Phi's qkv_proj"
-    )
-
-
-def find_kv(model: PreTrainedModel) -> list[TrainedParameter]:
-    """The parameters that hold W_K and W_V, one or two per attention layer, in the model's order.
-
-    Raises:
-        ValueError: not every layer has projections of a known form, or they are quantized.
-        NotImplementedError: a model under PEFT, or latent attention (MLA), where keys and values are made of what is
-            no W_K or W_V.
-    """
-    if isinstance(model, PeftModel):
-        raise NotImplementedError(f"W_K and W_V are under {model.peft_type}; merge the adapter (merge_and_unload)")
-    names = _attention_names(model)
-    found = [item for name in names for item in _key_value_of_module(name, model.get_submodule(name))]
-    for item in found:
-        if not (parameter := model.get_parameter(item.name)).is_floating_point():
-            raise ValueError(f"{item.name} is quantized to {parameter.dtype}; load the model in bfloat16 or float32")
-    return found
-
-
-class KeyValueUpdate:
-    """What is added to W_K and W_V of a model, zero at first; nothing changes before :meth:`write`.
-
-    Args:
-        model: its weights at this moment are what updates are added to.
-
-    Attributes:
-        parts: W_K and W_V, which may be parts of parameters.
-        deltas: float32, one of the shape of each part.
-
-    Raises:
-        ValueError: as :func:`find_kv`.
-        NotImplementedError: as there.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.parts = find_kv(model)
-        self._parameters = [model.get_parameter(item.name) for item in self.parts]
-        self._base = [item.view(p.detach()).clone() for item, p in zip(self.parts, self._parameters, strict=True)]
-        self.deltas = [torch.zeros_like(base, dtype=torch.float32) for base in self._base]
-
-    @contextmanager
-    def trained(self) -> Iterator[list[nn.Parameter]]:
-        """The parameters, whole, which require a gradient for the time being."""
-        before = [parameter.requires_grad for parameter in self._parameters]
-        for parameter in self._parameters:
-            parameter.requires_grad_(True)
-        try:
-            yield self._parameters
-        finally:
-            for parameter, required in zip(self._parameters, before, strict=True):
-                parameter.requires_grad_(required)
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
-        """One step of plain SGD, written into the model; gradients of the whole parameters, in their order."""
-        for item, delta, gradient in zip(self.parts, self.deltas, gradients, strict=True):
-            delta.sub_(item.view(gradient).float(), alpha=learning_rate)
-        self.write()
-
-    def random_like(self, generator: torch.Generator) -> KeyValueUpdate:
-        """A random update of the same model, each part normal and as long (Frobenius norm) as this one's."""
-        other = copy.copy(self)
-        noises = [torch.randn(delta.shape, generator=generator).to(delta.device) for delta in self.deltas]
-        pairs = zip(noises, self.deltas, strict=True)
-        other.deltas = [noise * (delta.norm() / noise.norm()) for noise, delta in pairs]
-        return other
-
-    @torch.no_grad()
-    def write(self) -> None:
-        """Makes the model's weights those at the start plus this update."""
-        for item, parameter, base, delta in zip(self.parts, self._parameters, self._base, self.deltas, strict=True):
-            item.view(parameter).copy_(base.float() + delta)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import abft.models.attention as _adapter
-from abft.files import write_json
+from abft.files import whole, write_json
 from abft.models.projections import TrainedParameter, find_qk
 
 __all__ = ["from_pretrained", "is_trained_folder", "load_trained", "merge", "save_trained"]
@@ -48,10 +47,10 @@ def whole_state_dict(
     parameters = dict(model.named_parameters())
     if state_dict is not None or not any(isinstance(parameters[item.name], DTensor) for item in trained):
         return state_dict
-    return {item.name: _whole(parameters[item.name].detach()) for item in trained}
+    return {item.name: _gathered(parameters[item.name].detach()) for item in trained}
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -71,9 +70,8 @@ def save_trained(
     folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters()) if state_dict is None else state_dict
     tensors = {item.name: item.view(parameters[item.name].detach()).contiguous().cpu() for item in trained}
-    temporary = folder / f".{WEIGHTS}"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / WEIGHTS)
+    with whole(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(
         folder / CONFIG,
         {
@@ -193,10 +191,7 @@ def merge(
     model = from_pretrained(trained, base_model, dtype=dtype, attn_implementation=None)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
-        whole = Path(temporary) / "model"
-        model.save_pretrained(whole)
+    with whole(output_dir) as temporary:
+        model.save_pretrained(temporary)
         with suppress(OSError, ValueError):  # a base without a tokenizer is merged all the same
-            AutoTokenizer.from_pretrained(base_model).save_pretrained(whole)
-        os.replace(whole, output_dir)
+            AutoTokenizer.from_pretrained(base_model).save_pretrained(temporary)

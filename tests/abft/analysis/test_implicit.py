@@ -11,19 +11,15 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abft.analysis.implicit import (
-    _common_ending,
-    _Observed,
-    _Totals,
-    compare_with_fine_tuning,
-    fine_tune,
-    momentum_gain,
-)
+from abft.analysis.fine_tuning import KeyValueUpdate, fine_tune
+from abft.analysis.implicit import _Totals, compare_with_fine_tuning
+from abft.analysis.momentum_gain import momentum_gain
+from abft.analysis.observing import Observation, common_ending
 from abft.demo.corpus import DEMO_K, DEMO_TASK, demo_splits
 from abft.demo.run import MODEL
 from abft.evaluation.classification import evaluate, label_logits
 from abft.models.attention import enable
-from abft.models.projections import KeyValueUpdate, find_kv
+from abft.models.projections import find_kv
 from abft.prompts.builder import Prompt, PromptBuilder, sample_prompts
 from abft.prompts.examples import Example
 
@@ -223,7 +219,7 @@ def test_no_fine_tuning_leaves_zero_shot(toy_builder, examples):
 def observed(predictions, outputs=None, scores=None):
     n = len(predictions)
     outputs = torch.eye(4)[:n][None] if outputs is None else outputs
-    return _Observed(torch.tensor(predictions), outputs, torch.ones(1, n, 1, 3) if scores is None else scores)
+    return Observation(torch.tensor(predictions), outputs, torch.ones(1, n, 1, 3) if scores is None else scores)
 
 
 def test_recovered_predictions_are_counted_from_the_definition():
@@ -251,13 +247,13 @@ def test_similarities_of_known_directions():
     assert found.sim_am_random.item() == 0
 
 
-def test_own_tokens_are_the_common_ending():
+def test_own_tokens_are_thecommon_ending():
     def prompt(*ids):
         return Prompt(ids, (), (), 0)
 
-    assert _common_ending(prompt(1, 7, 8, 9, 2, 5, 6), prompt(1, 5, 6)) == 2  # BOS stays out
-    assert _common_ending(prompt(7, 8, 5, 6), prompt(5, 6)) == 2
-    assert _common_ending(prompt(7, 8, 4, 6), prompt(3, 6)) == 1  # a first word that is spelt differently inside
+    assert common_ending(prompt(1, 7, 8, 9, 2, 5, 6), prompt(1, 5, 6)) == 2  # BOS stays out
+    assert common_ending(prompt(7, 8, 5, 6), prompt(5, 6)) == 2
+    assert common_ending(prompt(7, 8, 4, 6), prompt(3, 6)) == 1  # a first word that is spelt differently inside
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,16 @@ from tiny_models import random_prompts, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from abft.models.projections import TrainedParameter, find_qk, lora_qk, train_qk
+from abft.models.projections import (
+    ARCHITECTURES,
+    Architecture,
+    Projection,
+    TrainedParameter,
+    find_kv,
+    find_qk,
+    lora_qk,
+    train_qk,
+)
 
 # Two layers, width 32, 4 heads of 8, 2 key-value heads where they are grouped.
 SPLIT = [(f"model.layers.{i}.self_attn.{p}_proj.weight", None, None) for i in (0, 1) for p in "qk"]
@@ -139,6 +148,37 @@ def test_unknown_projections_raise():
     with pytest.raises(ValueError, match="lora_target_modules"):
         train_qk(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_new_architecture_is_one_row(monkeypatch):
+    """CodeGen stores q, v and k of a quarter of the heads in each of four blocks."""
+    row = Architecture(
+        "CodeGen's qkv_proj",
+        lambda module, children: type(module).__name__ == "CodeGenAttention",
+        lambda module, children: (
+            Projection("qkv_proj", dict.fromkeys("qvk", children["qkv_proj"].in_features // 4), blocks=4),
+        ),
+    )
+    monkeypatch.setattr("abft.models.projections.ARCHITECTURES", (*ARCHITECTURES, row))
+    model = codegen()
+    name = "transformer.h.0.attn.qkv_proj.weight"
+    assert find_kv(model)[0] == TrainedParameter(name, dim=0, length=16, start=8, blocks=4)
+    with pytest.raises(ValueError, match="q, k are not side by side in q, v, k"):
+        find_qk(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("llama", [("self_attn.k_proj", None, 0, 1), ("self_attn.v_proj", None, 0, 1)]),
+        ("gpt2", [("attn.c_attn", 64, 32, 1)]),
+        ("gpt_neox", [("attention.query_key_value", 16, 8, 4)]),
+        ("phi3", [("self_attn.qkv_proj", 32, 32, 1)]),
+    ],
+)
+def test_finds_key_and_value(kind, parts):
+    found = [(item.name, item.length, item.start, item.blocks) for item in find_kv(tiny(kind)) if ".0." in item.name]
+    assert [(name.split(".0.")[1].removesuffix(".weight"), *rest) for name, *rest in found] == parts
 
 
 def test_missing_layer_raises():
