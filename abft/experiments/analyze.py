@@ -1,15 +1,15 @@
-"""`abft analyze`: the mechanism behind an experiment's numbers, as `analysis.json` that the report draws from."""
+"""`abft analyze`: look into the models of an experiment, and write `analysis.json` for the report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abft.analysis.heads import HeadScores, induction_scores
-from abft.analysis.implicit import compare_with_fine_tuning, momentum_gain
-from abft.analysis.weight_change import mode_connectivity, moved, qk_difference, weight_distance
+from abft.analysis.weight_change import qk_difference
+from abft.experiments.analyses import registry
+from abft.experiments.analyses.definition import Analysis, Subject
 from abft.experiments.experiment import Experiment, ExperimentOptions
 from abft.experiments.results import Results
 from abft.experiments.runs import ANALYSIS, FORMAT_VERSION, read_analysis
@@ -19,125 +19,130 @@ from abft.provenance import provenance
 
 __all__ = ["PARTS", "AnalyzeOptions", "analyze"]
 
-# What each part's result depends on, besides task and seed.
-_OPTIONS: dict[str, tuple[str, ...]] = {
-    "distance": (), "connectivity": ("prompts", "factors"), "induction": ("tokens",),
-    "implicit": ("prompts", "fine_tuning_rate", "fine_tuning_epochs"), "momentum": ("prompts", "etas"),
-}  # fmt: skip
-PARTS = tuple(_OPTIONS)
-"""Parts of an analysis."""
+PARTS = tuple(row.name for row in registry.ANALYSES)
+"""Names of the analyses."""
 
 
 @dataclass(kw_only=True)
 class AnalyzeOptions:
-    """What training changed inside the models of an experiment."""
+    """Show what training changed inside the models of an experiment."""
 
     experiment: str = field(metadata={"help": "folder that `abft experiment` wrote, with its weights kept"})
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"some of {', '.join(PARTS)}"})
     task: str | None = field(default=None, metadata={"help": "task of the runs to look at; default: the first"})
     seed: int | None = field(default=None, metadata={"help": "training seed of these runs; default: the first"})
     prompts: int = field(default=256, metadata={"help": "test prompts to classify at each point"})
-    factors: list[float] = field(
-        default_factory=lambda: [-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25],
-        metadata={"help": "of the plane through the untrained model, E2E's and ABFT's"},
-    )
-    tokens: int = field(default=1024, metadata={"help": "length of the repeated text for induction heads, at most"})
-    etas: list[float] = field(
-        default_factory=lambda: [0.01, 0.03, 0.1, 0.2], metadata={"help": "factors of momentum attention"}
-    )
-    fine_tuning_rate: float = field(default=0.01, metadata={"help": "learning rate of fine-tuning on demonstrations"})
-    fine_tuning_epochs: int = field(default=1, metadata={"help": "its epochs"})
-    quiet: bool = field(default=False, metadata={"help": "no progress bars"})
+    quiet: bool = field(default=False, metadata={"help": "show no progress bars"})
 
 
-def analyze(options: AnalyzeOptions) -> dict[str, Any]:
-    """Runs the parts that are not done with these options yet, and writes `analysis.json` into the experiment.
+def analyze(options: AnalyzeOptions, *of_analyses: Any) -> dict[str, Any]:
+    """Run the analyses that are not done with these options yet; write `analysis.json` into the experiment.
 
-    A part that was made with other options is made anew; parts that are not asked for stay as they are.
+    An analysis that was made with other options is made anew; those that are not asked for stay as they are.
+
+    Args:
+        options: what all analyses share.
+        of_analyses: options of single analyses, such as `ConnectivityOptions`; of the others the defaults hold.
 
     Returns:
-        What the file holds: part → plain data.
+        What the file holds: name of the analysis → plain data.
 
     Raises:
-        FileNotFoundError, ValueError: an unknown part or task, runs that the analysis needs and that are missing, a
+        FileNotFoundError, ValueError: an unknown analysis or task, runs that an analysis needs and that are missing, a
             4-bit base. Nothing has been computed then.
     """
-    if unknown := [part for part in options.parts if part not in PARTS]:
-        raise ValueError(f"unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")
-    if options.prompts < 1:
-        raise ValueError(f"prompts must be 1 or more, got {options.prompts}")
+    asked = _asked_for(options)
     results = Results(options.experiment)
-    settings = results.content["settings"]
-    task = options.task or next((run.key.task for run in results.runs if run.training), results.tasks[0])
-    if task not in results.tasks:
-        raise ValueError(f"the experiment has no task {task!r}; it has {', '.join(results.tasks)}")
-    seed = results.content["seeds"][0] if options.seed is None else options.seed
-    if settings["load_in_4bit"]:
-        raise ValueError(
-            "the base is quantized to 4 bits, whose weights cannot be moved; analyse a run in full precision"
-        )
-    folders = {
-        method: folder
-        for method in results.methods
-        for run in results.of(method, task)
-        if run.key.seed == seed and (folder := results.folder / "runs" / run.key.folder / "weights").is_dir()
-    }
-    if {"distance", "connectivity"} & set(options.parts) and not folders:
-        raise ValueError(f"{options.experiment} keeps no weights of task {task!r}, seed {seed}; train with them kept")
-    if "connectivity" in options.parts and not {"abft", "e2e"} <= folders.keys():
-        raise ValueError("connectivity lies between ABFT and E2E: the experiment needs the methods abft and e2e")
+    task, seed = _runs_to_look_at(results, options)
+    folders = _weights(results, task, seed)
+    _check_needs(asked, folders, f"{options.experiment} keeps no weights of task {task!r}, seed {seed}")
 
+    given = {type(item): item for item in of_analyses}
+    own = {row.name: None if row.options is None else given.get(row.options) or row.options() for row in asked}
     chosen = {
-        part: {"task": task, "seed": seed, **{name: getattr(options, name) for name in _OPTIONS[part]}}
-        for part in options.parts
+        row.name: {
+            "task": task,
+            "seed": seed,
+            **({"prompts": options.prompts} if row.uses_prompts else {}),
+            **({} if own[row.name] is None else asdict(own[row.name])),
+        }
+        for row in asked
     }
     content = read_analysis(results.folder) or {"format_version": FORMAT_VERSION, "options": {}, "parts": {}}
-    missing = [part for part in options.parts if content["options"].get(part) != chosen[part]]
+    missing = [row for row in asked if content["options"].get(row.name) != chosen[row.name]]
     if not missing:
         return content["parts"]
 
-    experiment = Experiment(_again(results, task, options.quiet))
-    suite = experiment.suites[task]
-    model = load_base(experiment.model, dtype="float32").to(default_device())
-    loading = loading_arguments("float32")
-    differences = {method: qk_difference(model, folder, **loading) for method, folder in folders.items()}
-    progress = not options.quiet
-    prompts = suite.normal[: options.prompts]
-    for part in missing:
-        if part == "distance":
-            values: Any = {name: weight_distance(model, change).tolist() for name, change in differences.items()}
-        elif part == "connectivity":
-            values = mode_connectivity(
-                model, differences["e2e"], differences["abft"], prompts, suite.builder, factors=options.factors,
-                progress=progress,
-            )  # fmt: skip
-        elif part == "induction":
-            length = min(options.tokens, suite.max_length or options.tokens)
-            values = {"tokens": length}
-            for name in ("vanilla", *differences):
-                change = [differences[name]] if name in differences else []
-                with moved(model, change, [1.0] * len(change)):
-                    values[name] = HeadScores(induction_scores(model, length=length, progress=progress)).to_dict()
-        elif part == "implicit":
-            demonstrations = suite.data.demonstrations[: settings["k"]]
-            values = compare_with_fine_tuning(
-                model, suite.builder, demonstrations, suite.data.queries[: options.prompts],
-                learning_rate=options.fine_tuning_rate, epochs=options.fine_tuning_epochs, progress=progress,
-            ).to_dict()  # fmt: skip
-        else:
-            values = momentum_gain(model, prompts, suite.builder, options.etas, progress=progress).to_dict()
-        content["parts"][part], content["options"][part] = values, chosen[part]
+    subject = _subject(results, task, folders, options)
+    for row in missing:
+        content["parts"][row.name] = row.run(subject, own[row.name])
+        content["options"][row.name] = chosen[row.name]
         content["provenance"] = provenance()
         write_json(results.folder / ANALYSIS, content)
     return content["parts"]
 
 
+def _asked_for(options: AnalyzeOptions) -> list[Analysis]:
+    by_name = {row.name: row for row in registry.ANALYSES}
+    if unknown := [part for part in options.parts if part not in by_name]:
+        raise ValueError(f"unknown part {unknown[0]!r}; known are {', '.join(by_name)}")
+    if options.prompts < 1:
+        raise ValueError(f"prompts must be 1 or more, got {options.prompts}")
+    return [by_name[part] for part in options.parts]
+
+
+def _runs_to_look_at(results: Results, options: AnalyzeOptions) -> tuple[str, int]:
+    """Return the task and the training seed of the runs."""
+    task = options.task or next((run.key.task for run in results.runs if run.training), results.tasks[0])
+    if task not in results.tasks:
+        raise ValueError(f"the experiment has no task {task!r}; it has {', '.join(results.tasks)}")
+    if results.content["settings"]["load_in_4bit"]:
+        raise ValueError(
+            "the base is quantized to 4 bits, whose weights cannot be moved; analyse a run in full precision"
+        )
+    return task, results.content["seeds"][0] if options.seed is None else options.seed
+
+
+def _weights(results: Results, task: str, seed: int) -> dict[str, Path]:
+    """Return the folders of weights that are kept, by method."""
+    return {
+        method: folder
+        for method in results.methods
+        for run in results.of(method, task)
+        if run.key.seed == seed and (folder := results.folder / "runs" / run.key.folder / "weights").is_dir()
+    }
+
+
+def _check_needs(asked: Sequence[Analysis], folders: dict[str, Path], no_weights: str) -> None:
+    for row in asked:
+        if row.needs_weights and not folders:
+            raise ValueError(f"{no_weights}; train with them kept")
+    for row in asked:
+        if not folders.keys() >= set(row.methods):
+            raise ValueError(f"{row.name} needs the weights of the methods {' and '.join(row.methods)}; train them")
+
+
+def _subject(results: Results, task: str, folders: dict[str, Path], options: AnalyzeOptions) -> Subject:
+    """Return the models, loaded, and the prompts that the experiment itself used."""
+    settings = results.content["settings"]
+    experiment = Experiment(_again(results, task, options.quiet))
+    model = load_base(experiment.model, dtype="float32").to(default_device())
+    loading = loading_arguments("float32")
+    differences = {method: qk_difference(model, folder, **loading) for method, folder in folders.items()}
+    return Subject(model, differences, experiment.suites[task], settings["k"], options.prompts, not options.quiet)
+
+
 def _again(results: Results, task: str, quiet: bool) -> ExperimentOptions:
-    """The experiment's own options, for its prompts."""
+    """Return the experiment's own options, reduced to the prompts of the task."""
     settings = results.content["settings"]
     known: Sequence[str] = [name for name in settings if name in ExperimentOptions.__dataclass_fields__]
-    return ExperimentOptions(
-        **{name: settings[name] for name in known}, output_dir=str(Path(results.folder)), tasks=[task], quiet=quiet,
-        methods=["vanilla"], tests=["Normal"], num_prompts=results.content["num_prompts"],
-        seeds=results.content["seeds"],
-    )  # fmt: skip
+    reduced: dict[str, Any] = {
+        "output_dir": str(Path(results.folder)),
+        "tasks": [task],
+        "quiet": quiet,
+        "methods": ["vanilla"],
+        "tests": ["Normal"],
+        "num_prompts": results.content["num_prompts"],
+        "seeds": results.content["seeds"],
+    }
+    return ExperimentOptions(**{**{name: settings[name] for name in known}, **reduced})

@@ -1,4 +1,4 @@
-"""The paper's figures from an experiment's runs; readable in print and by colour-blind readers."""
+"""Figures of an experiment's runs, as in the paper."""
 
 from __future__ import annotations
 
@@ -6,30 +6,29 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from abft.experiments.analyses import registry
 from abft.experiments.methods import METHODS
 from abft.experiments.results import Results, accuracy
-from abft.plots import BLUE, GREEN, GREY, ORANGE, new_figure, training_figure
+from abft.experiments.styles import STYLES, integer_ticks, plot_layers
+from abft.plots import new_figure, training_figure
 
-__all__ = ["all_figures", "analysis_figures", "head_scores_figure"]
-
-PURPLE, SKY = "#CC79A7", "#56B4E9"
-_STYLES = {
-    "vanilla": (GREY, "", "--", "s"), "calibration": (SKY, "xx", "--", "D"), "abft": (BLUE, "", "-", "o"),
-    "e2e": (ORANGE, "//", "-.", "^"), "no_pid": (GREEN, "..", ":", "v"), "no_pid_no_filter": (SKY, "++", ":", "<"),
-    "a0": (PURPLE, "\\\\", ":", ">"), "b0": ("#D55E00", "--", ":", "P"), "restricted": ("#F0E442", "oo", "-", "*"),
-}  # fmt: skip
+__all__ = ["all_figures", "head_scores_figure"]
 
 
-def all_figures(results: Results) -> dict[str, tuple[Figure, str]]:
-    """Name → figure and its caption, for those that the runs have data for."""
+def all_figures(results: Results, analysis: dict[str, Any] | None = None) -> dict[str, tuple[Figure, str]]:
+    """Return name → figure and caption, for what the runs and `analysis.json` have data for."""
     makers = (accuracy_bars, label_attention, training_course, generalization, data_efficiency, label_errors)
-    return {name: found for make in makers for name, found in make(results).items()}
+    figures = {name: found for make in makers for name, found in make(results).items()}
+    parts = {} if analysis is None else analysis["parts"]
+    for row in registry.ANALYSES:
+        if row.figure is not None and row.name in parts:
+            figures[row.name] = row.figure(parts[row.name])
+    return figures
 
 
 def accuracy_bars(results: Results) -> dict[str, tuple[Figure, str]]:
-    """Accuracy by task and method, with one standard error over seeds."""
+    """Draw accuracy by task and method, with one standard error over seeds."""
     methods = [name for name in results.methods if results.average(name, accuracy)[0] is not None]
     if not methods:
         return {}
@@ -41,12 +40,19 @@ def accuracy_bars(results: Results) -> dict[str, tuple[Figure, str]]:
         cells.append(results.average(name, accuracy))
         heights = [100 * (mean or 0) for mean, _ in cells]
         errors = [100 * (error or 0) for _, error in cells]
-        color, hatch = _STYLES[name][:2]
+        color, hatch = STYLES[name][:2]
         x = np.arange(len(groups)) + (index - (len(methods) - 1) / 2) * width
         axes.bar(
-            x, heights, width, yerr=errors, color=color, hatch=hatch, edgecolor="white", label=METHODS[name].title,
+            x,
+            heights,
+            width,
+            yerr=errors,
+            color=color,
+            hatch=hatch,
+            edgecolor="white",
+            label=METHODS[name].title,
             error_kw={"elinewidth": 0.8},
-        )  # fmt: skip
+        )
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 100)
@@ -55,7 +61,7 @@ def accuracy_bars(results: Results) -> dict[str, tuple[Figure, str]]:
 
 
 def label_attention(results: Results) -> dict[str, tuple[Figure, str]]:
-    """Attention on label tokens and on correct ones by layer, before and after (paper, Fig. 4)."""
+    """Draw attention on label tokens and on correct ones by layer, before and after (paper, Fig. 4)."""
     trained = [name for name in ("abft", "e2e") if name in results.methods]
     curves: dict[str, dict[str, np.ndarray]] = {}
     for name in ("vanilla", *trained):
@@ -76,13 +82,8 @@ def label_attention(results: Results) -> dict[str, tuple[Figure, str]]:
     figure, axes = new_figure(6.6, 2.9, 2)
     for axis, part in zip(axes, ("all labels", "correct labels"), strict=True):
         for name, parts in curves.items():
-            color, _, line, marker = _STYLES[name]
-            axis.plot(range(len(parts[part])), parts[part], line, marker=marker, color=color, label=METHODS[name].title)
+            plot_layers(axis, name, parts[part])
         axis.set_title(f"on {part}", fontsize=10)
-        axis.set_xlabel("layer")
-        axis.set_ylim(bottom=0)
-        if len(parts[part]) <= 12:
-            axis.set_xticks(range(len(parts[part])))
     axes[0].set_ylabel("last token's attention")
     axes[0].legend(frameon=False, fontsize=8)
     caption = "Attention of the last token on the demonstrations' label tokens, mean over heads, tasks and seeds."
@@ -90,7 +91,7 @@ def label_attention(results: Results) -> dict[str, tuple[Figure, str]]:
 
 
 def training_course(results: Results) -> dict[str, tuple[Figure, str]]:
-    """Induction heads and A over training (paper, Fig. 5), of the first ABFT run."""
+    """Draw induction heads and A over training (paper, Fig. 5), of the first ABFT run."""
     for task in results.tasks:
         for run in results.of("abft", task):
             if run.training and run.training["history"]:
@@ -102,7 +103,7 @@ def training_course(results: Results) -> dict[str, tuple[Figure, str]]:
 
 
 def generalization(results: Results) -> dict[str, tuple[Figure, str]]:
-    """Accuracy on every task after training on one, as the difference from the untrained model."""
+    """Draw accuracy on every task after training on one, as the difference from the untrained model."""
     tasks = results.tasks
     shown = {}
     for name in ("abft", "e2e"):
@@ -119,8 +120,9 @@ def generalization(results: Results) -> dict[str, tuple[Figure, str]]:
         image = axis.imshow(values, vmin=-limit, vmax=limit, cmap="PuOr_r")
         for (row, column), value in np.ndenumerate(values):
             dark = abs(value) > 0.6 * limit
-            axis.text(column, row, f"{value:+.0f}", ha="center", va="center", fontsize=8,
-                      color="white" if dark else "black")  # fmt: skip
+            axis.text(
+                column, row, f"{value:+.0f}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
+            )
         axis.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right")
         axis.set_yticks(range(len(tasks)), tasks)
         axis.set_title(METHODS[name].title, fontsize=10)
@@ -131,12 +133,12 @@ def generalization(results: Results) -> dict[str, tuple[Figure, str]]:
 
 
 def data_efficiency(results: Results) -> dict[str, tuple[Figure, str]]:
-    """Average accuracy by the number of training prompts."""
+    """Draw average accuracy by the number of training prompts."""
     if len(results.sizes) < 2:
         return {}
     figure, axes = new_figure(4.6, 3.3)
     for name in results.methods:
-        color, _, line, marker = _STYLES[name]
+        color, _, line, marker = STYLES[name]
         if not METHODS[name].trained:
             mean, _ = results.average(name, accuracy)
             if mean is not None:
@@ -161,7 +163,7 @@ def data_efficiency(results: Results) -> dict[str, tuple[Figure, str]]:
 
 
 def label_errors(results: Results) -> dict[str, tuple[Figure, str]]:
-    """Accuracy by the share of correct labels among the demonstrations (GLER)."""
+    """Draw accuracy by the share of correct labels among the demonstrations (GLER)."""
     curves = {}
     for name in results.methods:
         found = [
@@ -176,7 +178,7 @@ def label_errors(results: Results) -> dict[str, tuple[Figure, str]]:
         return {}
     figure, axes = new_figure(4.2, 2.9)
     for name, (shares, means) in curves.items():
-        color, _, line, marker = _STYLES[name]
+        color, _, line, marker = STYLES[name]
         axes.plot(100 * np.array(shares), 100 * means, line, marker=marker, color=color, label=METHODS[name].title)
     axes.set_xlabel("demonstrations with a correct label, %")
     axes.set_ylabel("accuracy, %")
@@ -188,92 +190,14 @@ def _legend_above(axes: Any, entries: int) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(entries, 4), frameon=False, fontsize=8)
 
 
-def analysis_figures(parts: dict[str, Any]) -> dict[str, tuple[Figure, str]]:
-    """Figures of what `abft analyze` found: name → figure and caption."""
-    makers = {"distance": _distance, "connectivity": _connectivity, "induction": _induction, "implicit": _implicit}
-    return {name: make(parts[name]) for name, make in makers.items() if name in parts}
-
-
-def _distance(values: dict[str, list[float]]) -> tuple[Figure, str]:
-    figure, axes = new_figure(4.2, 2.8)
-    for name, layers in values.items():
-        color, _, line, marker = _STYLES[name]
-        axes.plot(range(len(layers)), layers, line, marker=marker, color=color, label=METHODS[name].title)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("‖ΔW‖ / ‖W‖")
-    axes.set_ylim(bottom=0)
-    if len(layers) <= 12:
-        axes.set_xticks(range(len(layers)))
-    axes.legend(frameon=False, fontsize=8)
-    return figure, "How far training moved W_Q and W_K, by layer (relative Frobenius norm)."
-
-
-def _connectivity(found: dict[str, Any]) -> tuple[Figure, str]:
-    figure, (plane, line) = new_figure(8.4, 3.1, 2)
-    figure.set_layout_engine("constrained", wspace=0.1)
-    factors, accuracy_of = found["factors"], 100 * np.array(found["accuracy"])
-    levels = MaxNLocator(9).tick_values(accuracy_of.min(), max(accuracy_of.max(), accuracy_of.min() + 1))
-    image = plane.contourf(factors, factors, accuracy_of.T, levels=levels, cmap="cividis")
-    for (x, y), name, marker in (((0, 0), "untrained", "s"), ((1, 0), "E2E", "^"), ((0, 1), "ABFT", "o")):
-        plane.plot(x, y, marker, color="white", markeredgecolor="black")
-        plane.annotate(name, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8,
-                       bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1})  # fmt: skip
-    plane.set_xlabel("λ of E2E")
-    plane.set_ylabel("λ of ABFT")
-    figure.colorbar(image, ax=plane, label="accuracy, %")
-    line.plot(found["line"]["step"], 100 * np.array(found["line"]["accuracy"]), "-o", color=BLUE)
-    line.set_xlabel("from E2E (0) to ABFT (1)")
-    line.set_ylabel("accuracy, %")
-    line.set_ylim(0, 100)
-    return figure, "Accuracy over θ₀ + λ₁(θ_E2E − θ₀) + λ₂(θ_ABFT − θ₀), and on the line between the two."
-
-
-def _induction(found: dict[str, Any]) -> tuple[Figure, str]:
-    names = [name for name in found if name in METHODS]
-    figure, axes = new_figure(2.3 * len(names) + 0.8, 2.7, len(names), squeeze=False, sharey=True)
-    for axis, name in zip(axes[0], names, strict=True):
-        image = axis.imshow(found[name]["scores"], vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        axis.set_title(METHODS[name].title, fontsize=9)
-        axis.set_xlabel("head")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.yaxis.get_major_locator().set_params(integer=True)
-    axes[0][0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes, label="mass")
-    return figure, f"Mass on the token to copy, in {found['tokens']:,} random tokens that repeat: induction heads."
-
-
-def _implicit(found: dict[str, Any]) -> tuple[Figure, str]:
-    figure, axes = new_figure(7.0, 2.8, 2)
-    panels = (
-        ("SimAOU", (("sim_aou", "fine-tuned", BLUE, "-o"), ("sim_aou_random", "random update", GREY, "--s"))),
-        ("SimAM", (("sim_am", "fine-tuned", BLUE, "-o"), ("sim_am_before", "before fine-tuning", ORANGE, "-.^"),
-                   ("sim_am_random", "random update", GREY, "--s"))),
-    )  # fmt: skip
-    for axis, (title, curves) in zip(axes, panels, strict=True):
-        for name, label, color, style in curves:
-            axis.plot(range(len(found[name])), found[name], style, color=color, label=label)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("layer")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("cosine with ICL")
-    ratio = "none" if found["rec2ftp"] is None else f"{found['rec2ftp']:.2f}"
-    return figure, (
-        f"In-context learning beside fine-tuning on the demonstrations (arXiv 2212.10559), {found['n']} queries: "
-        f"similarity of attention-output updates and of attention scores, by layer. Rec2FTP {ratio} of "
-        f"{found['recovered']} queries."
-    )
-
-
 def head_scores_figure(scores: dict[str, Any], tokens: int) -> Figure:
-    """A map of `(L, H)` scores for each kind of head."""
+    """Draw a map of `(L, H)` scores for each kind of head."""
     figure, axes = new_figure(3.4 * len(scores) + 0.8, 3.2, len(scores), squeeze=False)
     for axis, (name, values) in zip(axes[0], scores.items(), strict=True):
         image = axis.imshow(values, vmin=0, cmap="cividis", aspect="auto")
         axis.set_title(f"{name} heads, {tokens:,} tokens", fontsize=9)
         axis.set_xlabel("head")
         axis.set_ylabel("layer")
-        for side in (axis.xaxis, axis.yaxis):
-            side.get_major_locator().set_params(integer=True)
+        integer_ticks(axis.xaxis, axis.yaxis)
         figure.colorbar(image, ax=axis, label="mass")
     return figure

@@ -56,10 +56,14 @@ def test_a_figure_has_the_format_of_its_suffix(tmp_path, monkeypatch):
 
 
 def test_a_folder_appears_whole(tmp_path):
-    with pytest.raises(ValueError, match="cut off"), whole(tmp_path / "model") as temporary:
-        temporary.mkdir()
-        (temporary / "config.json").touch()
-        raise ValueError("cut off")
+    def cut_off():
+        with whole(tmp_path / "model") as temporary:
+            temporary.mkdir()
+            (temporary / "config.json").touch()
+            raise ValueError("cut off")
+
+    with pytest.raises(ValueError, match="cut off"):
+        cut_off()
     assert os.listdir(tmp_path) == []
     with whole(tmp_path / "model") as temporary:
         temporary.mkdir()

@@ -11,11 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from abft.cli.main import main
+from abft.experiments.analyses.connectivity import ConnectivityOptions
+from abft.experiments.analyses.definition import Analysis
+from abft.experiments.analyses.induction import InductionOptions
+from abft.experiments.analyses.momentum_attention import MomentumOptions
+from abft.experiments.analyses.registry import ANALYSES
 from abft.experiments.analyze import PARTS, AnalyzeOptions, analyze
+from abft.experiments.claims import claims
+from abft.experiments.comparison import compare_runs
 from abft.experiments.methods import METHODS
-from abft.experiments.report import compare_runs, experiment_tables, overview_table, write_report
+from abft.experiments.report import write_report
+from abft.experiments.report_tables import experiment_tables, overview_table
 from abft.experiments.results import Results, paper_averages
 from abft.experiments.runs import FORMAT_VERSION, Run, RunKey
 from abft.experiments.tables import Table, points, with_error
@@ -25,12 +34,15 @@ FIGURES = {"accuracy", "label-attention", "training", "generalization", "label-e
            "induction", "implicit"}  # fmt: skip
 
 
+OF_ANALYSES = (ConnectivityOptions(factors=[0.0, 1.0]), InductionOptions(tokens=64), MomentumOptions(etas=[0.1]))
+
+
 @pytest.fixture(scope="module")
 def analysed(experiment_folder, tmp_path_factory) -> Path:
     """A copy of the experiment with an analysis."""
     folder = tmp_path_factory.mktemp("analysed") / "small"
     shutil.copytree(experiment_folder, folder)
-    analyze(AnalyzeOptions(experiment=str(folder), prompts=12, factors=[0.0, 1.0], tokens=64, etas=[0.1], quiet=True))
+    analyze(AnalyzeOptions(experiment=str(folder), prompts=12, quiet=True), *OF_ANALYSES)
     return folder
 
 
@@ -136,8 +148,8 @@ def test_transfer_table(tmp_path):
 
 
 def test_claims_that_hold(tmp_path):
-    claims = Results(made(tmp_path, GOOD, vanilla=consistent(0.6), abft=consistent(0.8))).claims()
-    gain, level, transfer, consistency, ablations, time_ = claims
+    found = claims(Results(made(tmp_path, GOOD, vanilla=consistent(0.6), abft=consistent(0.8))))
+    gain, level, transfer, consistency, ablations, time_ = found
     assert gain.holds
     assert "+22.5 points" in gain.evidence
     assert level.holds
@@ -160,16 +172,16 @@ def test_claims_that_do_not_hold(tmp_path):
         "vanilla": {"a": [0.6]}, "abft": {"a": [0.6]}, "e2e": {"a": [0.8]}, "no_pid": {"a": [0.6]},
         "no_pid_no_filter": {"a": [0.6]}, "a0": {"a": [0.7]}, "b0": {"a": [0.3]},
     }  # fmt: skip
-    claims = Results(made(tmp_path, bad, vanilla=consistent(0.9), abft=consistent(0.8))).claims()
-    assert [claim.holds for claim in claims[:5]] == [False, False, None, False, False]
+    found = claims(Results(made(tmp_path, bad, vanilla=consistent(0.9), abft=consistent(0.8))))
+    assert [claim.holds for claim in found[:5]] == [False, False, None, False, False]
 
 
 def test_ablations_in_order(tmp_path):
     names = ("vanilla", "abft", "no_pid", "no_pid_no_filter", "a0", "b0")
     falling = {name: {"a": [0.8 - 0.05 * i]} for i, name in enumerate(names)} | {"vanilla": {"a": [0.5]}}
-    assert Results(made(tmp_path / "1", falling)).claims()[4].holds
+    assert claims(Results(made(tmp_path / "1", falling)))[4].holds
     level = {name: {"a": [0.8]} for name in names}
-    claim = Results(made(tmp_path / "2", level)).claims()[4]
+    claim = claims(Results(made(tmp_path / "2", level)))[4]
     assert claim.holds is False
     assert "no step contradicts the order" in claim.evidence
 
@@ -275,7 +287,7 @@ def test_analysis(analysed, monkeypatch):
     assert set(content["parts"]) == set(PARTS)
     distance = content["parts"]["distance"]
     assert set(distance) == {"abft", "e2e"}
-    # A layer behind the last induction head does not move with ABFT.
+    # A layer after the last induction head does not move with ABFT.
     assert all(0 <= value < 1 for layers in distance.values() for value in layers)
     assert all(max(layers) > 1e-4 for layers in distance.values())
     connectivity = content["parts"]["connectivity"]
@@ -284,18 +296,18 @@ def test_analysis(analysed, monkeypatch):
     assert connectivity["line"]["accuracy"][-1] == connectivity["accuracy"][0][1]
     vanilla = json.loads((analysed / "runs" / "vanilla-topics" / "run.json").read_text())["tests"]["topics"]["Normal"]
     assert connectivity["accuracy"][0][0] == vanilla["accuracy"]
-    options = AnalyzeOptions(
-        experiment=str(analysed), prompts=12, factors=[0.0, 1.0], tokens=64, etas=[0.1], quiet=True
-    )  # fmt: skip
+    options = AnalyzeOptions(experiment=str(analysed), prompts=12, quiet=True)
     monkeypatch.setattr("abft.experiments.analyze.load_base", lambda *_, **__: pytest.fail("done again"))
-    assert analyze(options) == content["parts"]
+    assert analyze(options, *OF_ANALYSES) == content["parts"]
 
 
 def test_analysis_keeps_what_is_not_asked_for(analysed, tmp_path):
     copy = tmp_path / "small"
     shutil.copytree(analysed, copy)
     before = json.loads((copy / "analysis.json").read_text())
-    analyze(AnalyzeOptions(experiment=str(copy), parts=["momentum"], prompts=6, etas=[0.2], quiet=True))
+    analyze(
+        AnalyzeOptions(experiment=str(copy), parts=["momentum"], prompts=6, quiet=True), MomentumOptions(etas=[0.2])
+    )
     after = json.loads((copy / "analysis.json").read_text())
     assert after["parts"]["momentum"]["n"] == 6
     assert [gain["eta"] for gain in after["parts"]["momentum"]["gains"]] == [0.2]
@@ -312,6 +324,35 @@ def test_analysis_refuses(analysed, experiment_folder, tmp_path, capsys):
     assert main([*arguments, "--seed", "7"]) == 2
     assert "keeps no weights of task 'topics', seed 7" in capsys.readouterr().err
     assert main(["analyze", "--experiment", str(tmp_path)]) == 2
+
+
+def test_an_analysis_is_one_row(analysed, tmp_path, monkeypatch):
+    """A row more in the registry is computed, written, drawn and set in a table."""
+    folder = tmp_path / "small"
+    shutil.copytree(analysed, folder)
+    row = Analysis(
+        "layers",
+        lambda subject, options: {"count": subject.model.config.num_hidden_layers},
+        figure=lambda found: (Figure(), f"{found['count']} layers drawn"),
+        table=lambda results, found: Table("layers", "Layers.", ["", "layers"], [["model", str(found["count"])]]),
+    )
+    monkeypatch.setattr("abft.experiments.analyses.registry.ANALYSES", (*ANALYSES, row))
+    analyze(AnalyzeOptions(experiment=str(folder), parts=["layers"], quiet=True))
+    assert json.loads((folder / "analysis.json").read_text())["options"]["layers"] == {"task": "topics", "seed": 0}
+    write_report([folder], tmp_path / "r.html")
+    html = (tmp_path / "r.html").read_text()
+    assert '<table id="layers">' in html
+    assert "2 layers drawn" in html
+
+
+def test_needs_of_analyses_are_checked(analysed, tmp_path):
+    folder = tmp_path / "small"
+    shutil.copytree(analysed, folder)
+    (folder / "analysis.json").unlink()
+    shutil.rmtree(folder / "runs" / RunKey("e2e", "topics", 32, 0).folder / "weights")
+    with pytest.raises(ValueError, match="connectivity needs the weights of the methods abft and e2e"):
+        analyze(AnalyzeOptions(experiment=str(folder), quiet=True))
+    assert not (folder / "analysis.json").exists()
 
 
 # --- in a browser ------------------------------------------------------------------------------------------------

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import torch
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
-from abft.provenance import versions
-from abft_kernels import available_backends, mass_attention
+from abft.cli.command import Command
 
-__all__ = ["check_backend", "doctor"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["COMMAND", "check_backend"]
 
 
 def check_backend(backend: str, device: str) -> str:
-    """Runs a small forward and backward against the fp64 oracle: "works (…)", or what went wrong."""
+    """Compare a small forward and backward with the fp64 oracle; return "works (…)", or what went wrong."""
+    import torch
+
+    from abft_kernels import mass_attention
+
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 96, 64, generator=generator) for heads in (4, 2, 2))
     groups = torch.randint(-1, 2, (1, 96), generator=generator)
@@ -33,9 +37,16 @@ def check_backend(backend: str, device: str) -> str:
     return f"works (relative error {error:.0e})" if error < 1e-4 else f"wrong: relative error {error:.0e}"
 
 
-def doctor(console: Console | None = None) -> int:
-    """Prints the tables; returns 0 if some backend works on every device, else 1."""
-    console = console or Console()
+def run() -> int:
+    """Print the tables; return 0 if some backend works on every device and none fails, else 1."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from abft.provenance import versions
+    from abft_kernels import available_backends
+
+    console = Console()
     table = Table("package", "version", title="Installed")
     for name, version in versions().items():
         table.add_row(name, version)
@@ -57,3 +68,6 @@ def doctor(console: Console | None = None) -> int:
     if devices == ["cpu"]:
         console.print("No GPU is visible: ABFT runs on PyTorch's kernels, and 'auto' means the torch backend.")
     return 0 if healthy else 1
+
+
+COMMAND = Command("doctor", "show what is installed, and test the attention-mass backends", run)

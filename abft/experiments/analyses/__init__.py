@@ -1,0 +1,1 @@
+"""The analyses of `abft analyze`: one module each, and one line in `registry`."""

@@ -1,0 +1,62 @@
+"""An analysis: how it is computed, and how a report shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from abft.evaluation.suites import TaskSuite
+from abft.experiments.results import Results
+from abft.experiments.tables import Table
+
+__all__ = ["Analysis", "Subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The models and the prompts that analyses look at.
+
+    Args:
+        model: the untrained model.
+        differences: method → name of a weight → what training added to it, for the runs whose weights are kept.
+        suite: the prompts of the task.
+        k: demonstrations per prompt.
+        prompts: test prompts to use.
+        progress: show progress bars.
+    """
+
+    model: Any
+    differences: Mapping[str, Mapping[str, Tensor]]
+    suite: TaskSuite
+    k: int
+    prompts: int
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One analysis.
+
+    Args:
+        name: on the command line, and in `analysis.json`.
+        run: returns plain data; takes the subject and an object of `options` (None if there are none).
+        options: dataclass of its own options, each with a default.
+        uses_prompts: the number of test prompts changes the result.
+        needs_weights: it needs the weights of one trained run or more.
+        methods: methods whose weights it needs.
+        figure: draws the plain data; returns the figure and its caption.
+        table: sets the plain data in a table.
+    """
+
+    name: str
+    run: Callable[[Subject, Any], Any]
+    options: type | None = None
+    uses_prompts: bool = False
+    needs_weights: bool = False
+    methods: tuple[str, ...] = ()
+    figure: Callable[[Any], tuple[Figure, str]] | None = None
+    table: Callable[[Results, Any], Table] | None = None

@@ -1,0 +1,43 @@
+"""The public names of `abft`: one list, imported on first use, known to type checkers."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import abft
+import abft_kernels
+
+NAMES = {
+    "TASKS", "ABFTConfig", "ABFTTrainer", "AttentionTarget", "Evaluation", "Example", "HeadCountController",
+    "HeadStatistics", "Prompt", "PromptBuilder", "PromptCollator", "TargetCollator", "Task", "Template", "__version__",
+    "abft_loss", "attention_mass", "enable", "evaluate", "evaluate_targets", "from_pretrained", "get_task",
+    "head_statistics", "is_enabled", "layer_masses", "load_examples", "load_trained", "sample_prompts",
+    "split_examples",
+}  # fmt: skip
+
+
+def test_public_names():
+    assert set(abft.__all__) == set(dir(abft)) == NAMES
+    assert abft.__version__ == abft_kernels.__version__
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = abft.nothing
+
+
+def test_each_name_is_that_of_its_module():
+    stub = Path(abft.__file__).with_suffix(".pyi")
+    for node in ast.parse(stub.read_text()).body:
+        assert isinstance(node, ast.ImportFrom)
+        module = importlib.import_module(f"abft.{node.module}")
+        for alias in node.names:
+            assert alias.asname == alias.name, "type checkers take `import x as x` alone for public"
+            assert getattr(abft, alias.name) is getattr(module, alias.name)
+            assert alias.name in module.__all__
+
+
+def test_importing_is_light():
+    code = "import sys, abft; assert not {'torch', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
