@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from abft.demo.corpus import DEMO_K, DEMO_TASK, demo_splits
 from abft.evaluation.classification import evaluate
 from abft.evaluation.label_attention import HeadStatistics, head_statistics
 from abft.files import save_figure, write_json
-from abft.models.attention import ATTENTION
+from abft.models.loading import load_base, load_tokenizer
 from abft.plots import accuracy_figure, head_figure, metrics_table, training_figure
 from abft.prompts.builder import Prompt, PromptBuilder, sample_prompts
 from abft.provenance import versions
@@ -34,7 +34,7 @@ _METHODS = ("abft", "e2e")
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the results depend on besides the seed; a run folder made with others is not continued."""
+    """The settings that results depend on besides the seed; results of other settings are refused."""
 
     learning_rate: float = 5e-4
     train_prompts: int = 512
@@ -53,8 +53,8 @@ class _Seed:
     folder: Path
 
 
-def _load_model() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation=ATTENTION)
+def _load_model() -> Any:
+    return load_base(str(MODEL), dtype="float32")
 
 
 def _measure(model: Any, draw: _Seed, settings: DemoSettings, progress: bool) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _train(method: str, seed: int, draw: _Seed, settings: DemoSettings, progress
 
 
 def _stored(path: Path, settings: DemoSettings) -> dict[str, Any] | None:
-    """An earlier result of the same settings; refuses one of others, so that no table mixes them."""
+    """Return an earlier result of the same settings; refuse one of others, so that no table mixes them."""
     if not path.is_file():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -95,10 +95,10 @@ def _heads(result: dict[str, Any]) -> HeadStatistics:
 
 
 def run_demo(output: Path, seeds: Sequence[int], *, settings: DemoSettings | None = None, progress: bool = True) -> int:
-    """Trains and evaluates; writes `results.json` and pictures to `output`, and prints the table.
+    """Train and evaluate; write `results.json` and figures to `output`, and print the table.
 
     Every seed draws its own training prompts, order, and demonstrations of the test prompts. What `output` already
-    holds is kept, so an interrupted demo goes on where it was.
+    holds is kept, so an interrupted demo resumes.
 
     Args:
         output: folder, made if absent.
@@ -113,7 +113,7 @@ def run_demo(output: Path, seeds: Sequence[int], *, settings: DemoSettings | Non
         raise ValueError(f"seeds must be one or more different integers, got {list(seeds)}")
     settings = settings or DemoSettings()
     console = Console()
-    builder = PromptBuilder(AutoTokenizer.from_pretrained(MODEL), DEMO_TASK)
+    builder = PromptBuilder(load_tokenizer(str(MODEL)), DEMO_TASK)
     splits = demo_splits(train=settings.train_prompts, test=settings.test_prompts)
     results: dict[str, dict[int, dict[str, Any]]] = {"vanilla": {}, **{method: {} for method in _METHODS}}
     for seed in seeds:
@@ -137,35 +137,34 @@ def run_demo(output: Path, seeds: Sequence[int], *, settings: DemoSettings | Non
             of_seed[seed] = found
             console.print(f"seed {seed}  {name:<8}accuracy {found['accuracy']:.1%}")
 
-    _write_results(output, seeds, settings, results, console)
+    summary = _summarize(results, seeds, settings)
+    write_json(output / "results.json", summary)
+    figures = _figures(summary, results, seeds[0], settings)
+    for name, figure in figures.items():
+        save_figure(figure, output / name)
+    _print(console, summary, settings)
+    console.print(f"written: {output}/results.json, {', '.join(figures)}")
     return 0
 
 
-def _write_results(
-    output: Path,
-    seeds: Sequence[int],
-    settings: DemoSettings,
-    results: dict[str, dict[int, dict[str, Any]]],
-    console: Console,
-) -> None:
-    first = seeds[0]
-    vanilla, abft = _heads(results["vanilla"][first]), _heads(results["abft"][first])
-    layer, head = vanilla.strongest_head()
+def _summarize(
+    results: Mapping[str, Mapping[int, dict[str, Any]]], seeds: Sequence[int], settings: DemoSettings
+) -> dict[str, Any]:
+    """Return the content of `results.json`."""
     summary: dict[str, Any] = {"task": DEMO_TASK.name, "settings": asdict(settings), "seeds": list(seeds)}
-    rows = {}
     for name, of_seed in results.items():
         accuracy = [of_seed[seed]["accuracy"] for seed in seeds]
-        scalars = [key for key, value in of_seed[first].items() if isinstance(value, float)]
-        means = {key: statistics.fmean(of_seed[seed][key] for seed in seeds) for key in scalars}
-        rows[name] = means
+        scalars = [key for key, value in of_seed[seeds[0]].items() if isinstance(value, float) and key != "accuracy"]
         summary[name] = {
             "accuracy": {str(seed): value for seed, value in zip(seeds, accuracy, strict=True)},
             "accuracy_mean": statistics.fmean(accuracy),
             "accuracy_std": statistics.stdev(accuracy) if len(accuracy) > 1 else None,
-            **{key: value for key, value in means.items() if key != "accuracy"},
+            **{key: statistics.fmean(of_seed[seed][key] for seed in seeds) for key in scalars},
         }
     gains = [results["abft"][seed]["accuracy"] - results["vanilla"][seed]["accuracy"] for seed in seeds]
     summary["abft_gain"] = {"mean": statistics.fmean(gains), "min": min(gains), "max": max(gains)}
+    vanilla, abft = (_heads(results[name][seeds[0]]) for name in ("vanilla", "abft"))
+    layer, head = vanilla.strongest_head()
     summary["strongest_induction_head"] = {
         "layer": layer,
         "head": head,
@@ -173,25 +172,33 @@ def _write_results(
         "correct_share_vanilla": vanilla.correct_share[layer, head].item(),
         "correct_share_abft": abft.correct_share[layer, head].item(),
     }
-    summary["versions"] = versions()
-    write_json(output / "results.json", summary)
+    return {**summary, "versions": versions()}
+
+
+def _figures(
+    summary: Mapping[str, Any], results: Mapping[str, Mapping[int, dict[str, Any]]], first: int, settings: DemoSettings
+) -> dict[str, Figure]:
+    """Return the figures by file name; `first` is the seed whose heads and training are drawn."""
     methods = {name.upper(): list(summary[name]["accuracy"].values()) for name in _METHODS}
-    pictures = {
+    heads = (_heads(results["vanilla"][first]), _heads(results["abft"][first]))
+    return {
         "accuracy.png": accuracy_figure(summary["vanilla"]["accuracy_mean"], methods, settings.test_prompts),
-        "heads.png": head_figure(vanilla, abft, ("vanilla", "ABFT")),
+        "heads.png": head_figure(*heads, ("vanilla", "ABFT")),
         "training.png": training_figure(results["abft"][first]["history"]),
     }
-    for name, figure in pictures.items():
-        save_figure(figure, output / name)
 
-    console.print(metrics_table(rows, f"mean over {len(seeds)} seeds, {settings.test_prompts} test prompts each"))
+
+def _print(console: Console, summary: Mapping[str, Any], settings: DemoSettings) -> None:
+    rows = {name: {**summary[name], "accuracy": summary[name]["accuracy_mean"]} for name in ("vanilla", *_METHODS)}
+    title = f"mean over {len(summary['seeds'])} seeds, {settings.test_prompts} test prompts each"
+    console.print(metrics_table(rows, title))
+    gain, best = summary["abft_gain"], summary["strongest_induction_head"]
     console.print(
-        f"ABFT gains {100 * statistics.fmean(gains):.1f} points over vanilla in the mean "
-        f"(seeds: {100 * min(gains):+.1f} to {100 * max(gains):+.1f})."
+        f"ABFT gains {100 * gain['mean']:.1f} points over vanilla in the mean "
+        f"(seeds: {100 * gain['min']:+.1f} to {100 * gain['max']:+.1f})."
     )
-    shares = (f"{of_model.correct_share[layer, head]:.0%}" for of_model in (vanilla, abft))
     console.print(
-        f"Head {layer}.{head} passes the induction-head filter on {vanilla.induction_rate[layer, head]:.0%} of "
-        f"prompts; of its attention on labels {' → '.join(shares)} goes to correct ones."
+        f"Head {best['layer']}.{best['head']} passes the induction-head filter on {best['induction_rate']:.0%} of "
+        f"prompts; of its attention on labels {best['correct_share_vanilla']:.0%} → {best['correct_share_abft']:.0%} "
+        "goes to correct ones."
     )
-    console.print(f"written: {output}/results.json, {', '.join(pictures)}")

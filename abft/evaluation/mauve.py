@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 from abft.evaluation.batching import evaluation_mode
-from abft.models.loading import context_of, default_device, load_tokenizer
+from abft.models.loading import default_device, load_tokenizer
 
 __all__ = ["check_mauve", "continuations", "mauve_score"]
 
@@ -82,7 +82,7 @@ def _features(texts: Sequence[str], feature_model: str, batch_size: int, progres
     """The last token's last hidden state of each text, fp32 `(n, d)`."""
     tokenizer = load_tokenizer(feature_model)
     model = AutoModel.from_pretrained(feature_model, dtype="auto").to(default_device())
-    limit = context_of(model.config)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     features = []
     with evaluation_mode(model):
         for start in track(range(0, len(texts), batch_size), description="Reading", disable=not progress):

@@ -22,7 +22,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abft.models.attention import ATTENTION, check_architecture
-from abft.models.loading import context_of
 from abft.models.masses import forward, layer_masses
 from abft.models.projections import lora_qk, train_qk
 
@@ -186,7 +185,7 @@ def plan(
             f"{gpu_memory}"
         )
     config = AutoConfig.from_pretrained(model)
-    limit = context_of(config) or 1 << 20
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
     if context > limit:
         raise ValueError(f"context={context} is beyond the model's {limit} tokens; lower it")
     checkpointed = gradient_checkpointing and mode in ("full", "e2e")

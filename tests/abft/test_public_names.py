@@ -11,17 +11,10 @@ import pytest
 import abft
 import abft_kernels
 
-NAMES = {
-    "TASKS", "ABFTConfig", "ABFTTrainer", "AttentionTarget", "Evaluation", "Example", "HeadCountController",
-    "HeadStatistics", "Prompt", "PromptBuilder", "PromptCollator", "TargetCollator", "Task", "Template", "__version__",
-    "abft_loss", "attention_mass", "enable", "evaluate", "evaluate_targets", "from_pretrained", "get_task",
-    "head_statistics", "is_enabled", "layer_masses", "load_examples", "load_trained", "sample_prompts",
-    "split_examples",
-}  # fmt: skip
-
 
 def test_public_names():
-    assert set(abft.__all__) == set(dir(abft)) == NAMES
+    assert sorted(abft.__all__) == sorted(dir(abft)) == sorted(set(abft.__all__))
+    assert {"ABFTTrainer", "attention_mass", "enable", "evaluate"} <= set(abft.__all__)
     assert abft.__version__ == abft_kernels.__version__
     with pytest.raises(AttributeError, match="nothing"):
         _ = abft.nothing
