@@ -1,4 +1,4 @@
-"""Tables and pictures of runs; readable in print and by colour-blind readers (Okabe–Ito colours, hatches)."""
+"""Tables and figures of runs; readable in print and by colour-blind readers (Okabe–Ito colours, hatches)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _METRICS = {
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, Any]], title: str) -> Table:
-    """One row per run: the metrics of its evaluation."""
+    """Return a table with one row per run: the metrics of its evaluation."""
     shown = [name for name in _METRICS if any(name in metrics for metrics in rows.values())]
     table = Table("", *(_METRICS[name][0] for name in shown), title=title)
     for run, metrics in rows.items():
@@ -34,14 +34,14 @@ def metrics_table(rows: Mapping[str, Mapping[str, Any]], title: str) -> Table:
 
 
 def new_figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
-    """A figure of so many inches with so many panels side by side, drawn without a display; and its axes."""
+    """Return a figure of this size in inches with panels side by side, drawn without a display; and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, **kwargs)
 
 
 def accuracy_figure(vanilla: float, runs: Mapping[str, Sequence[float]], n: int) -> Figure:
-    """Accuracy of each method, one point per training seed, over the untrained model's line.
+    """Draw the accuracy of each method, one point per training seed, over the untrained model's line.
 
     Args:
         vanilla: accuracy of the untrained model, 0 … 1.
@@ -67,7 +67,7 @@ def accuracy_figure(vanilla: float, runs: Mapping[str, Sequence[float]], n: int)
 
 
 def head_figure(before: HeadStatistics, after: HeadStatistics, names: tuple[str, str] = ("before", "after")) -> Figure:
-    """Of each head's attention on labels, the share on correct ones, before and after; dots mark induction heads."""
+    """Draw the share of each head's attention on labels that is on correct ones; circles mark induction heads."""
     figure, axes = new_figure(6.4, 3.0, 2, sharey=True)
     for axis, statistics, name in zip(axes, (before, after), names, strict=True):
         image = axis.imshow(statistics.correct_share.numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
@@ -84,7 +84,7 @@ def head_figure(before: HeadStatistics, after: HeadStatistics, names: tuple[str,
 
 
 def training_figure(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Induction heads and A, masses, and loss over the steps of a run (`trainer.state.log_history`)."""
+    """Draw induction heads and A, masses, and loss over the steps of a run (`trainer.state.log_history`)."""
     steps = [entry for entry in history if "loss" in entry]
     x = [entry["step"] for entry in steps]
     panels: list[tuple[str, list[tuple[str, str, str]]]] = [("loss", [("loss", BLUE, "-")])]

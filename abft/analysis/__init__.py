@@ -1,5 +1,5 @@
-"""Studies of in-context learning: what its heads do, and how far it is a fine-tuning in disguise.
+"""Studies of in-context learning: its heads, what training changed, and its likeness to fine-tuning.
 
-`abft.analysis.heads` finds induction and retrieval heads, `abft.analysis.implicit` compares in-context learning with
-fine-tuning on the demonstrations, and tries momentum attention.
+`heads` finds induction and retrieval heads, `weight_change` measures what training did to W_Q and W_K, `implicit`
+compares in-context learning with fine-tuning on the demonstrations, and `momentum_gain` tries momentum attention.
 """

@@ -21,10 +21,10 @@ __all__ = ["KeyValueUpdate", "fine_tune"]
 
 
 class KeyValueUpdate:
-    """What is added to W_K and W_V of a model, zero at first; nothing changes before :meth:`write`.
+    """An update of a model's W_K and W_V, zero at first; the model does not change before :meth:`write`.
 
     Args:
-        model: its weights at this moment are what updates are added to.
+        model: updates are added to the weights that it has now.
 
     Attributes:
         parts: W_K and W_V, which may be parts of parameters.
@@ -43,7 +43,7 @@ class KeyValueUpdate:
 
     @contextmanager
     def trained(self) -> Iterator[list[nn.Parameter]]:
-        """The parameters, whole, which require a gradient for the time being."""
+        """Yield the whole parameters, which require a gradient inside the block."""
         before = [parameter.requires_grad for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.requires_grad_(True)
@@ -55,13 +55,13 @@ class KeyValueUpdate:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
-        """One step of plain SGD, written into the model; gradients of the whole parameters, in their order."""
+        """Make one step of plain SGD and write it into the model; `gradients` are those of the whole parameters."""
         for item, delta, gradient in zip(self.parts, self.deltas, gradients, strict=True):
             delta.sub_(item.view(gradient).float(), alpha=learning_rate)
         self.write()
 
     def random_like(self, generator: torch.Generator) -> KeyValueUpdate:
-        """A random update of the same model, each part normal and as long (Frobenius norm) as this one's."""
+        """Return a random update of the same model: each part normal, with the Frobenius norm of this one's."""
         other = copy.copy(self)
         noises = [torch.randn(delta.shape, generator=generator).to(delta.device) for delta in self.deltas]
         pairs = zip(noises, self.deltas, strict=True)
@@ -70,7 +70,7 @@ class KeyValueUpdate:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Makes the model's weights those at the start plus this update."""
+        """Set the model's weights to those at the start plus this update."""
         for item, parameter, base, delta in zip(self.parts, self._parameters, self._base, self.deltas, strict=True):
             item.view(parameter).copy_(base.float() + delta)
 
@@ -84,17 +84,17 @@ def fine_tune(
     epochs: int = 1,
     progress: bool = True,
 ) -> tuple[PreTrainedModel, KeyValueUpdate, tuple[float, ...]]:
-    """Fine-tunes a copy of the model on the demonstrations as the paper does, to compare with ICL.
+    """Fine-tune a copy of the model on the demonstrations as the paper does, to compare with ICL.
 
     One step of plain SGD per demonstration, in their order: cross-entropy, over the whole vocabulary, of its label's
-    first token behind its zero-shot prompt. Only W_K and W_V are trained, without dropout; of a fused projection the
-    rows of k and v. Updates are summed in float32 whatever the model's dtype.
+    first token after its zero-shot prompt. Only W_K and W_V are trained, without dropout; in a fused projection the
+    entries of k and v. Updates are summed in float32 whatever the model's dtype.
 
     Args:
-        model: causal language model, which stays as it is.
+        model: causal language model; it is not changed.
         builder: of the prompts.
         demonstrations: at least one.
-        learning_rate: of SGD, more than 0. What works depends on the model: look at the losses.
+        learning_rate: of SGD, above 0. The right value depends on the model: look at the losses.
         epochs: passes over the demonstrations; 1 in the paper.
         progress: show a progress bar.
 

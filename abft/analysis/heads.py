@@ -1,10 +1,10 @@
 """Induction heads and retrieval heads of any model at any length, from masses and never N × N.
 
 An induction head (Olsson et al., "In-context Learning and Induction Heads", arXiv 2209.11895) looks from a token at
-what followed its earlier occurrence; shown on random tokens that repeat, where nothing else tells the two apart. A
+the token that followed its earlier occurrence. Random tokens that repeat show it: they carry no other information. A
 retrieval head (Wu et al., "Retrieval Head Mechanistically Explains Long-Context Factuality", arXiv 2404.15574) looks
-from the end of a long context at the one passage, the needle, that holds the answer; here by its mass on the needle,
-not by what it copies.
+from the end of a long context at the one passage, the needle, that holds the answer. Here a head is scored by its mass
+on the needle, not by what it copies.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["HeadScores", "induction_scores", "retrieval_scores"]
 
 @dataclass(frozen=True, eq=False)
 class HeadScores:
-    """A score of every head, to rank and to write down.
+    """A score of every head.
 
     Args:
         scores: `(L, H)`, floating point; of retrieval scores, for instance, the mean over depths.
@@ -49,7 +49,7 @@ class HeadScores:
             )
 
     def top(self, n: int = 10) -> list[tuple[int, int, float]]:
-        """The n heads of highest score, highest first, as (layer, head, score); all of them if there are fewer.
+        """Return the n heads of highest score, highest first, as (layer, head, score); all of them if there are fewer.
 
         Raises:
             ValueError: n below 1.
@@ -61,7 +61,7 @@ class HeadScores:
         return [(i // heads, i % heads, score) for i, score in zip(indices.tolist(), values.tolist(), strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested lists, and the ten best heads, for JSON."""
+        """Return the scores as nested lists, and the ten best heads, for JSON."""
         top = [{"layer": layer, "head": head, "score": score} for layer, head, score in self.top()]
         return {"scores": self.scores.tolist(), "top": top}
 
@@ -78,7 +78,7 @@ def induction_scores(
     vocabulary: Sequence[int] | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """How much each head looks at the token that it would copy, on a random block of tokens that repeats.
+    """Measure how much each head looks at the token that it would copy, on a random block of tokens that repeats.
 
     The block has `length // repeats` tokens. In the last copy, `rows` tokens, evenly spaced, are asked for their mass
     on the tokens that followed their earlier occurrences, one in each earlier copy. Memory is linear in the length;
@@ -86,11 +86,11 @@ def induction_scores(
 
     Args:
         model: on the `"abft"` attention (see :func:`abft.enable`).
-        length: tokens of a sample; what is over after `repeats` blocks is left off.
+        length: tokens of a sample; those beyond `repeats` whole blocks are left off.
         repeats: copies of the block, 2 or more.
         rows: tokens asked per sample, 1 to 16, fewer than the block has.
         samples: random blocks.
-        seed: of their tokens.
+        seed: seed of their tokens.
         vocabulary: token ids to draw from, uniformly and with replacement. Default: all of the model's, special tokens
             included.
         progress: show a progress bar.
@@ -131,9 +131,12 @@ def induction_scores(
         for _ in track(range(samples), description="Looking for induction heads", disable=not progress):
             ids = drawn_from[torch.randint(len(drawn_from), (block,), generator=generator)].repeat(repeats)
             masses = layer_masses(
-                model, input_ids=ids[None].to(device), key_groups=key_groups.to(device),
-                query_positions=asked[None].to(device), num_groups=rows,
-            )  # fmt: skip
+                model,
+                input_ids=ids[None].to(device),
+                key_groups=key_groups.to(device),
+                query_positions=asked[None].to(device),
+                num_groups=rows,
+            )
             # [1, H, R, G]: of row r, the group r.
             own = [mass[0].diagonal(dim1=-2, dim2=-1).mean(-1).float().cpu() for mass in masses]
             total = total + torch.stack(own)
@@ -151,7 +154,7 @@ def retrieval_scores(
     prefix_ids: Sequence[int] = (),
     progress: bool = True,
 ) -> Tensor:
-    """How much each head looks from the last token of a question at a needle in a long context.
+    """Measure how much each head looks from the last token of a question at a needle in a long context.
 
     The context is prefix, haystack with the needle inserted, question. Compare the scores with the share of the
     context that the needle is, which is what a head that looks everywhere alike would give.
@@ -159,10 +162,10 @@ def retrieval_scores(
     Args:
         model: on the `"abft"` attention (see :func:`abft.enable`).
         haystack_ids: token ids, as a sequence or a tensor of one dimension.
-        needle_ids: of the passage whose tokens make up the mass.
-        question_ids: what follows the haystack; its last token is the one that looks.
-        depths: where the needle is inserted, each from 0 (before the haystack) to 1 (behind it).
-        prefix_ids: what stays in front whatever the depth, as a BOS token.
+        needle_ids: token ids of the passage whose mass is measured.
+        question_ids: token ids after the haystack; the last one is the query.
+        depths: where the needle is inserted, each from 0 (before the haystack) to 1 (after it).
+        prefix_ids: token ids before all of it at every depth, such as BOS.
         progress: show a progress bar.
 
     Returns:
@@ -173,8 +176,12 @@ def retrieval_scores(
             that the model lacks, or a model on another attention.
         NotImplementedError: a layer's attention does not come through transformers' attention interface.
     """
-    parts = {"haystack_ids": haystack_ids, "needle_ids": needle_ids, "question_ids": question_ids,
-             "prefix_ids": prefix_ids}  # fmt: skip
+    parts = {
+        "haystack_ids": haystack_ids,
+        "needle_ids": needle_ids,
+        "question_ids": question_ids,
+        "prefix_ids": prefix_ids,
+    }
     ids = {name: torch.as_tensor(part, dtype=torch.long).cpu() for name, part in parts.items()}
     known = transformer_of(model).config.get_text_config().vocab_size
     for name, part in ids.items():
@@ -198,9 +205,12 @@ def retrieval_scores(
             key_groups = torch.full((1, length), -1, dtype=torch.int8)
             key_groups[0, len(prefix) + cut : len(prefix) + cut + len(needle)] = 0
             masses = layer_masses(
-                model, input_ids=context[None].to(device), key_groups=key_groups.to(device), query_positions=last,
+                model,
+                input_ids=context[None].to(device),
+                key_groups=key_groups.to(device),
+                query_positions=last,
                 num_groups=1,
-            )  # fmt: skip
+            )
             scores.append(torch.stack([mass[0, :, 0, 0].float().cpu() for mass in masses]))
     return torch.stack(scores)
 

@@ -1,10 +1,11 @@
 """In-context learning (ICL) as implicit fine-tuning: Dai et al., arXiv 2212.10559, sections 4 and 5.
 
-Does a model that reads demonstrations behave like the same model fine-tuned on them? Fine-tuning is restricted there to
-what attention to demonstrations can stand for: W_K and W_V alone, plain SGD, the demonstrations in their order, each a
-zero-shot prompt. Compared are predictions (Rec2FTP), updates of attention outputs (SimAOU) and attention scores
-(SimAM). The controls: of Rec2FTP, what ICL recovers of everything that zero-shot gets wrong; of the similarities, the
-model with a random update of W_K and W_V of the same size, matrix by matrix (the paper draws random outputs instead).
+Does a model that reads demonstrations behave like the same model fine-tuned on them? Fine-tuning is restricted to what
+attention to demonstrations can express: W_K and W_V alone, plain SGD, the demonstrations in their order, each a
+zero-shot prompt. Predictions are compared (Rec2FTP), updates of attention outputs (SimAOU) and attention scores
+(SimAM). The control of Rec2FTP is the share that ICL recovers of all that zero-shot gets wrong; the control of the
+similarities is the model with a random update of W_K and W_V of the same norm, matrix by matrix (the paper draws random
+outputs instead).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["ImplicitFineTuning", "compare_with_fine_tuning"]
 
 @dataclass(frozen=True, eq=False)
 class ImplicitFineTuning:
-    """What ICL and fine-tuning on the same demonstrations have in common, over n queries and L layers.
+    """The likeness of ICL and fine-tuning on the same demonstrations, over n queries and L layers.
 
     Args:
         n: queries.
@@ -61,7 +62,7 @@ class ImplicitFineTuning:
     losses: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, for JSON; of what is per layer also the mean over layers, as `…_mean`."""
+        """Return plain numbers and lists, for JSON; values per layer also as their mean over layers, `…_mean`."""
         plain = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
         layers = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return {
@@ -86,7 +87,7 @@ def compare_with_fine_tuning(
     seed: int = 0,
     progress: bool = True,
 ) -> ImplicitFineTuning:
-    """Rec2FTP, SimAOU and SimAM of ICL on a fixed list of demonstrations, against fine-tuning on the same.
+    """Compute Rec2FTP, SimAOU and SimAM of ICL on a fixed list of demonstrations, against fine-tuning on the same.
 
     Scores are those of the last token over the query's own tokens, which are the tokens that the zero-shot and the ICL
     prompt end with alike: at least the label prefix, at most the whole zero-shot prompt. No N × N tensor exists.
@@ -136,7 +137,7 @@ def compare_with_fine_tuning(
 
 @dataclass
 class _Totals:
-    """Sums over queries of what is averaged over them in the end."""
+    """Sums over queries, from which :meth:`result` takes the means."""
 
     correct: dict[str, int] = field(default_factory=dict)
     wrong: int = 0
@@ -181,10 +182,10 @@ class _Totals:
 
 
 def _update_similarity(a: Observation, b: Observation, origin: Observation) -> Tensor:
-    """Cosine of what moved the attention outputs from `origin` to `a` and to `b`, `(L, B)`."""
+    """Return the cosine of the changes of attention outputs from `origin` to `a` and to `b`, `(L, B)`."""
     return torch.cosine_similarity(a.outputs - origin.outputs, b.outputs - origin.outputs, dim=-1, eps=1e-12)
 
 
 def _score_similarity(a: Observation, b: Observation) -> Tensor:
-    """Cosine of the scores, mean over heads, `(L, B)`."""
+    """Return the cosine of the scores, mean over heads, `(L, B)`."""
     return torch.cosine_similarity(a.scores, b.scores, dim=-1, eps=1e-12).mean(-1)

@@ -32,7 +32,7 @@ class MomentumGain:
     accuracy: Mapping[float, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; `gains` is a list of η, accuracy and its difference to plain attention."""
+        """Return plain data, for JSON; `gains` lists η, accuracy and its difference to plain attention."""
         gains = [{"eta": eta, "accuracy": a, "gain": a - self.plain} for eta, a in self.accuracy.items()]
         return {"n": self.n, "plain": self.plain, "gains": gains}
 
@@ -46,9 +46,9 @@ def momentum_gain(
     batch_size: int = 32,
     progress: bool = True,
 ) -> MomentumGain:
-    """Accuracy with plain attention, and with momentum attention for each η.
+    """Measure accuracy with plain attention, and with momentum attention for each η.
 
-    The model is taken as it is, whereas the paper trains its models with momentum attention from the start.
+    The model is used as it is; the paper instead trains its models with momentum attention from the start.
 
     Args:
         model: on the `"abft"` attention (see :func:`abft.enable`).

@@ -20,20 +20,21 @@ __all__ = ["Observation", "check_all_seen", "common_ending", "observe"]
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What a batch of B prompts looks like inside a model, on the CPU."""
+    """Predictions, attention outputs and scores of a batch of B prompts, on the CPU."""
 
     predictions: Tensor  # (B,) int64
     outputs: Tensor  # (L, B, width), of length 1
-    scores: Tensor  # (L, B, H, W), 0 in front of the query's own tokens
+    scores: Tensor  # (L, B, H, W), 0 before the query's own tokens
 
 
 def common_ending(a: Prompt, b: Prompt) -> int:
-    """How many tokens both prompts end with."""
+    """Return the number of tokens that both prompts end with."""
     pairs = zip(reversed(a.input_ids), reversed(b.input_ids), strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(a.length, b.length))
 
 
 def check_all_seen(model: PreTrainedModel, seen: int) -> None:
+    """Raise NotImplementedError unless every layer's attention was seen."""
     layers = model.config.get_text_config().num_hidden_layers
     if seen != layers:
         raise NotImplementedError(
@@ -43,7 +44,7 @@ def check_all_seen(model: PreTrainedModel, seen: int) -> None:
 
 
 def observe(model: PreTrainedModel, batch: dict[str, Tensor], builder: PromptBuilder, own: Tensor) -> Observation:
-    """Predictions, attention outputs and scores at the last tokens; `own` `(B,)`: tokens of the query itself."""
+    """Return what the model does at the last tokens; `own` `(B,)` is the number of the query's own tokens."""
     modules = attention_modules(model)
     outputs: dict[nn.Module, Tensor] = {}
     scores: dict[nn.Module, Tensor] = {}
@@ -70,7 +71,7 @@ def observe(model: PreTrainedModel, batch: dict[str, Tensor], builder: PromptBui
 
 
 def _last_scores(query: Tensor, key: Tensor, last: Tensor, own: Tensor, scale: float) -> Tensor:
-    """Scores before the softmax of row `last` `(B, 1)` over the `own` `(B,)` keys that end with it, `(B, H, W)`."""
+    """Return scores before the softmax, `(B, H, W)`: row `last` `(B, 1)` on the `own` `(B,)` keys up to itself."""
     back = torch.arange(int(own.max()) - 1, -1, -1, device=key.device)
     keys = key.take_along_dim((last - back).clamp(min=0)[:, None, :, None], dim=2).float()  # [B, H_kv, W, D]
     rows = query.take_along_dim(last[:, None, :, None], dim=2).float()  # [B, H, 1, D]

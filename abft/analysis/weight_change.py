@@ -22,18 +22,18 @@ __all__ = ["mode_connectivity", "moved", "qk_difference", "weight_distance"]
 
 
 def _trained_parts(model: PreTrainedModel) -> dict[str, Tensor]:
-    """W_Q and W_K by name, of fused projections q's and k's part; views of the model's own parameters."""
+    """Return W_Q and W_K by name, as views of the model's own parameters."""
     parameters = dict(model.named_parameters())
     return {item.name: item.view(parameters[item.name].detach()) for item in find_qk(model)}
 
 
 def qk_difference(base: PreTrainedModel, folder: str | os.PathLike[str], **loading: Any) -> dict[str, Tensor]:
-    """What training added to W_Q and W_K: name → difference, in the base's shapes, fp32 on its device.
+    """Return what training added to W_Q and W_K: name → difference, in the base's shapes, fp32 on its device.
 
     Args:
         base: the model that was trained, on the `"abft"` attention; not quantized.
-        folder: that `abft train` wrote: W_Q and W_K in full, or adapters, which are merged for this.
-        loading: for `from_pretrained` of the trained model.
+        folder: written by `abft train`: W_Q and W_K in full, or adapters, which are merged here.
+        loading: arguments for `from_pretrained` of the trained model.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`abft.from_pretrained`.
@@ -46,11 +46,11 @@ def qk_difference(base: PreTrainedModel, folder: str | os.PathLike[str], **loadi
 
 
 def weight_distance(base: PreTrainedModel, difference: Mapping[str, Tensor]) -> Tensor:
-    """Relative distance by layer, `(L,)` fp32: ‖ΔW‖ / ‖W‖, Frobenius norms over the layer's W_Q and W_K.
+    """Return the relative distance by layer, `(L,)` fp32: ‖ΔW‖ / ‖W‖, Frobenius norms over the layer's W_Q and W_K.
 
     Args:
         base: the untrained model.
-        difference: of :func:`qk_difference`.
+        difference: returned by :func:`qk_difference`.
     """
     parts = _trained_parts(base)
     layers = list(dict.fromkeys(_layer(name) for name in parts))
@@ -63,7 +63,7 @@ def weight_distance(base: PreTrainedModel, difference: Mapping[str, Tensor]) -> 
 
 
 def _layer(name: str) -> str:
-    """The attention module that a projection belongs to."""
+    """Return the attention module that a projection belongs to."""
     return name.rsplit(".", 2)[0]
 
 
@@ -71,7 +71,7 @@ def _layer(name: str) -> str:
 def moved(
     model: PreTrainedModel, differences: Sequence[Mapping[str, Tensor]], factors: Sequence[float]
 ) -> Iterator[None]:
-    """Inside, W_Q and W_K are θ₀ + Σ factor·difference; afterwards θ₀ again, bit for bit."""
+    """Set W_Q and W_K to θ₀ + Σ factor·difference inside the block; restore θ₀ bit for bit afterwards."""
     parts = _trained_parts(model)
     originals = {name: tensor.clone() for name, tensor in parts.items()}
     try:
@@ -95,12 +95,12 @@ def mode_connectivity(
     batch_size: int = 32,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Accuracy and mean log-likelihood over the plane θ₀ + λ₁(θ₁ − θ₀) + λ₂(θ₂ − θ₀) (Eq. 2).
+    """Measure accuracy and mean log-likelihood over the plane θ₀ + λ₁(θ₁ − θ₀) + λ₂(θ₂ − θ₀) (Eq. 2).
 
     Args:
         model: θ₀, with float parameters; unchanged afterwards.
-        first, second: θ₁ − θ₀ and θ₂ − θ₀, of :func:`qk_difference`.
-        prompts, builder: what is classified.
+        first, second: θ₁ − θ₀ and θ₂ − θ₀, from :func:`qk_difference`.
+        prompts, builder: the prompts to classify, and their builder.
         factors: F values that λ₁ and λ₂ take.
         batch_size: prompts per forward pass.
         progress: show a progress bar over the F² points.

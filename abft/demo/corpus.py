@@ -91,23 +91,23 @@ LABEL_WORDS = (
     *_words("triangle lion tiger eagle horse wolf apple plum lemon cherry iron copper stone glass paper"),
     *_words("cotton alpha beta gamma delta sigma omega first second third"),
 )
-"""What classes are called; in pre-training each prompt draws its own names."""
+"""Names of classes; in pre-training each prompt draws its own names."""
 
 TEXT_PREFIXES = ("text", "note", "line", "entry", "item", "sample", "input")
 TOPIC_PREFIXES = ("topic", "subject", "theme")
 MOOD_PREFIXES = ("mood", "tone", "feeling")
 
 DEMO_TASK = Task("topics", ("music", "food", "sport", "space"), Template("text:", "topic:"))
-"""What the demo trains and tests: which of four topics a text with a topic and a mood is about."""
+"""The task that the demo trains and tests: which of four topics a text with a topic and a mood is about."""
 
 TRANSFER_TASK = replace(DEMO_TASK, name="other topics", labels=("ocean", "health", "school", "weather"))
 """The same question about four topics that the demo does not train on."""
 
 THIRD_TASK = replace(DEMO_TASK, name="more topics", labels=("travel", "garden", "computer", "money"))
-"""Four more."""
+"""The same question about four more topics."""
 
 MOOD_TASK = Task("moods", ("happy", "sad", "angry", "calm"), Template("text:", "mood:"))
-"""Asks of the same kind of text the other thing: its mood."""
+"""The mood of the same kind of text."""
 
 DEMO_TASKS = (DEMO_TASK, TRANSFER_TASK, THIRD_TASK, MOOD_TASK)
 """The tasks of experiments on the demo model."""
@@ -121,7 +121,7 @@ class DemoSplits:
     """Examples of a demo task; no text occurs twice, within a split or across.
 
     Args:
-        train: the queries of training prompts.
+        train: queries of training prompts.
         demonstrations: the pool that every prompt draws its demonstrations from.
         test: the queries of test prompts.
     """
@@ -132,7 +132,7 @@ class DemoSplits:
 
 
 def vocabulary() -> list[str]:
-    """Every word of the language once, in a fixed order, the colon included."""
+    """Return every word of the language once, in a fixed order, the colon included."""
     words = [":", *TEXT_PREFIXES, *TOPIC_PREFIXES, *MOOD_PREFIXES, *JOINERS, *LABEL_WORDS]
     for nouns_or_adjectives in (*TOPICS.values(), *MOODS.values()):
         words += nouns_or_adjectives
@@ -140,14 +140,14 @@ def vocabulary() -> list[str]:
 
 
 def plain_text(rng: random.Random, words: Sequence[str], length: int = 5) -> str:
-    """A text with one trait: so many of the words of a topic or a mood, one of them behind a joiner."""
+    """Return a text with one trait: `length` words of a topic or a mood, one of them after a joiner."""
     chosen = rng.sample(words, length)
     chosen.insert(rng.randint(1, length - 1), rng.choice(JOINERS))
     return " ".join(chosen)
 
 
 def mixed_text(rng: random.Random, topic: str, mood: str) -> str:
-    """A text with a topic and a mood, six words long as the plain ones: "merry violin glad drum jolly flute"."""
+    """Return a text with a topic and a mood, six words long: "merry violin glad drum jolly flute"."""
     nouns, adjectives = rng.sample(TOPICS[topic], 3), rng.sample(MOODS[mood], 3)
     return " ".join(f"{adjective} {noun}" for adjective, noun in zip(adjectives, nouns, strict=True))
 
@@ -155,7 +155,7 @@ def mixed_text(rng: random.Random, topic: str, mood: str) -> str:
 def pretraining_prompt(
     rng: random.Random, *, classes: int, demonstrations: int, mood_share: float, lengths: tuple[int, int] = (5, 5)
 ) -> tuple[Task, list[Example], Example]:
-    """Draws a classification task, its demonstrations and a query, for pre-training.
+    """Draw a classification task, its demonstrations and a query, for pre-training.
 
     The classes are topics or moods; every text has the trait that is asked for and no other. Names of classes
     and prefixes are drawn anew, so that a class can only be told from the demonstrations.
@@ -199,7 +199,7 @@ def demo_splits(
     demonstrations: int = 2048,
     test: int = 1024,
 ) -> DemoSplits:
-    """Draws disjoint examples of a demo task: texts with a topic and a mood, one of which is the class.
+    """Draw disjoint examples of a demo task: texts with a topic and a mood, one of which is the class.
 
     Args:
         seed: of all draws.

@@ -58,7 +58,9 @@ def analyze(options: AnalyzeOptions, *of_analyses: Any) -> dict[str, Any]:
     _check_needs(asked, folders, f"{options.experiment} keeps no weights of task {task!r}, seed {seed}")
 
     given = {type(item): item for item in of_analyses}
-    own = {row.name: None if row.options is None else given.get(row.options) or row.options() for row in asked}
+    own: dict[str, Any] = {
+        row.name: None if row.options is None else given.get(row.options) or row.options() for row in asked
+    }
     chosen = {
         row.name: {
             "task": task,

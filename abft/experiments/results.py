@@ -68,9 +68,15 @@ class Results:
         return [run for run in self.runs if (run.key.method, run.key.task, run.key.num_prompts) == (name, task, size)]
 
     def values(
-        self, method: str, task: str, value: Value, *, test: str = "Normal", tested_on: str | None = None,
+        self,
+        method: str,
+        task: str,
+        value: Value,
+        *,
+        test: str = "Normal",
+        tested_on: str | None = None,
         num_prompts: int | None = None,
-    ) -> list[float]:  # fmt: skip
+    ) -> list[float]:
         """Return one value per seed, read from the results of a test; empty where there are none."""
         test = CALIBRATION if method == "calibration" and test == "Normal" else test
         found = (run.tests.get(tested_on or task, {}).get(test) for run in self.of(method, task, num_prompts))

@@ -1,4 +1,4 @@
-"""Tables that are written once and shown as HTML, Markdown, LaTeX or in the terminal."""
+"""A table of text, shown as HTML, Markdown, LaTeX or in the terminal."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Table:
     """Rows of text.
 
     Args:
-        name: of its file, and its label in LaTeX.
-        caption: what it shows, with the conditions.
-        columns: heads; the first is that of the rows' names.
+        name: its id in HTML and its label in LaTeX.
+        caption: the content, with the conditions.
+        columns: column heads; the first column holds the rows' names.
         rows: as long as `columns`.
         bold: (row, column) of cells to set in bold.
     """
@@ -37,18 +37,18 @@ class Table:
     bold: set[tuple[int, int]] = field(default_factory=set)
 
     def cells(self) -> list[list[tuple[str, bool]]]:
-        """Text and whether it is bold, row by row."""
+        """Return the text of each cell and whether it is bold, row by row."""
         return [[(text, (r, c) in self.bold) for c, text in enumerate(row)] for r, row in enumerate(self.rows)]
 
     def mark_best(self, column: int, values: Sequence[float | None], *, lowest: bool = False) -> None:
-        """Sets the best value of a column in bold, if there are two or more."""
+        """Set the best value of a column in bold, if the column has two or more values."""
         known = [value for value in values if value is not None]
         if len(known) > 1:
             best = min(known) if lowest else max(known)
             self.bold |= {(row, column) for row, value in enumerate(values) if value == best}
 
     def markdown(self) -> str:
-        """With the caption below, widths aligned."""
+        """Return the table as Markdown with aligned columns, and the caption below."""
         texts = [[f"**{text}**" if bold else text for text, bold in row] for row in self.cells()]
         widths = [max(map(len, column)) for column in zip_longest(self.columns, *texts, fillvalue="")]
         lines = [
@@ -59,10 +59,17 @@ class Table:
         return "\n".join([*lines, "", self.caption, ""])
 
     def latex(self) -> str:
-        """A `table` with `booktabs` rules."""
-        lines = [r"\begin{table}", r"\centering", rf"\caption{{{self.caption.translate(_LATEX)}}}",
-                 rf"\label{{tab:{self.name}}}", rf"\begin{{tabular}}{{l{'c' * (len(self.columns) - 1)}}}", r"\toprule",
-                 " & ".join(name.translate(_LATEX) for name in self.columns) + r" \\", r"\midrule"]  # fmt: skip
+        """Return a LaTeX `table` with `booktabs` rules."""
+        lines = [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{self.caption.translate(_LATEX)}}}",
+            rf"\label{{tab:{self.name}}}",
+            rf"\begin{{tabular}}{{l{'c' * (len(self.columns) - 1)}}}",
+            r"\toprule",
+            " & ".join(name.translate(_LATEX) for name in self.columns) + r" \\",
+            r"\midrule",
+        ]
         for row in self.cells():
             texts = [text.translate(_LATEX) for text, _ in row]
             shown = [rf"\textbf{{{text}}}" if bold else text for text, (_, bold) in zip(texts, row, strict=True)]
@@ -70,7 +77,7 @@ class Table:
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
     def rich(self) -> rich.table.Table:
-        """For the terminal."""
+        """Return the table for the terminal."""
         table = rich.table.Table(*self.columns, title=self.caption)
         for row in self.cells():
             table.add_row(*(f"[bold]{text}[/bold]" if bold else text for text, bold in row))
@@ -78,7 +85,7 @@ class Table:
 
 
 def with_error(mean: float | None, error: float | None, digits: int = 1, factor: float = 100.0) -> str:
-    """ "79.2 ± 0.4", without the error if there is none; "" for no value."""
+    """Return "79.2 ± 0.4", without the error if there is none; "" for no value."""
     if mean is None:
         return ""
     text = f"{factor * mean:.{digits}f}"
@@ -86,5 +93,5 @@ def with_error(mean: float | None, error: float | None, digits: int = 1, factor:
 
 
 def points(difference: float) -> str:
-    """A difference of shares as signed percentage points, "+3.1"."""
+    """Return a difference of shares as signed percentage points, "+3.1"."""
     return f"{100 * difference:+.1f}".replace("-", "−")

@@ -1,4 +1,4 @@
-"""Loading a base model on the `"abft"` attention: its dtype or 4 bits, and where it goes."""
+"""Load a base model on the `"abft"` attention: its dtype or 4 bits, its device and its context length."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def default_device() -> str:
-    """The device of a model that is not split: the GPU if there is one."""
+    """Return the device of a model that is not split: the GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def loading_arguments(dtype: str = "auto", load_in_4bit: bool = False) -> dict[str, Any]:
-    """What `from_pretrained` needs: the dtype, or NF4 with double quantisation on this process's device.
+    """Return arguments for `from_pretrained`: the dtype, or NF4 with double quantisation on this process's device.
 
     Args:
         dtype: "float32", "bfloat16" or "float16"; "auto" is the model's own.
-        load_in_4bit: quantize with bitsandbytes; computing is done in `dtype`, in bfloat16 if that is "auto".
+        load_in_4bit: quantize with bitsandbytes; matrices are multiplied in `dtype`, or in bfloat16 if that is "auto".
 
     Raises:
         ValueError: an unknown dtype, or bitsandbytes is missing.
@@ -47,7 +47,7 @@ def loading_arguments(dtype: str = "auto", load_in_4bit: bool = False) -> dict[s
 
 
 def load_base(model: str, *, dtype: str = "auto", load_in_4bit: bool = False, **more: Any) -> Any:
-    """The causal language model of a folder or a name on the Hub; `more` goes to `from_pretrained`.
+    """Load the causal language model of a folder or a name on the Hub; `more` goes to `from_pretrained`.
 
     Raises:
         ValueError, OSError: as :func:`loading_arguments`; there is no such model.
@@ -58,10 +58,10 @@ def load_base(model: str, *, dtype: str = "auto", load_in_4bit: bool = False, **
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer."""
+    """Load the model's tokenizer."""
     return AutoTokenizer.from_pretrained(model)
 
 
 def context_of(config: Any) -> int | None:
-    """Most tokens that a model of this configuration takes; None if it does not say."""
+    """Return the context length in tokens of a model with this configuration; None if it does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

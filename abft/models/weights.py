@@ -1,4 +1,4 @@
-"""What training leaves behind: only what was trained, as safetensors or a PEFT adapter, to put on top of the base.
+"""Save and load what was trained, and nothing else: W_Q and W_K as safetensors, or a PEFT adapter.
 
 save_trained(model, trained, folder)          # qk_weights.safetensors + abft_config.json
 model = from_pretrained(folder)               # the base it names, with the weights on it
@@ -33,16 +33,16 @@ FORMAT_VERSION = 1
 
 
 def is_trained_folder(folder: str | os.PathLike[str]) -> bool:
-    """Whether `folder` holds trained W_Q / W_K or a PEFT adapter."""
+    """Return True if `folder` holds trained W_Q / W_K or a PEFT adapter."""
     return any((Path(folder) / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
 
 
 def whole_state_dict(
     model: PreTrainedModel, trained: list[TrainedParameter], state_dict: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor] | None:
-    """The trained parameters put together, if processes hold parts of them; all processes must call this.
+    """Return the trained parameters gathered from all processes, if these hold parts of them; all must call this.
 
-    `state_dict`, if given, is taken for whole.
+    A `state_dict` that is given counts as whole.
     """
     parameters = dict(model.named_parameters())
     if state_dict is not None or not any(isinstance(parameters[item.name], DTensor) for item in trained):
@@ -61,8 +61,10 @@ def save_trained(
     state_dict: dict[str, Tensor] | None = None,
     **extra: Any,
 ) -> None:
-    """Saves the trained parts alone (of fused projections q and k only), from `state_dict` where the model's own
-    parameters are split over processes; `extra` is kept in the config.
+    """Save the trained parts alone (in fused projections q and k only).
+
+    The values come from `state_dict` if the model's own parameters are split over processes; `extra` goes into the
+    config.
 
     The config is written last, so a folder that has one is complete.
     """
@@ -84,7 +86,7 @@ def save_trained(
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The `abft_config.json` of a folder.
+    """Read the `abft_config.json` of a folder.
 
     Raises:
         FileNotFoundError: there is none.
@@ -103,7 +105,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_trained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel | PeftModel:
-    """Puts what `folder` holds on top of the base `model`: W_Q / W_K in place, or a PEFT adapter around it.
+    """Put what `folder` holds on top of the base `model`: W_Q / W_K in place, or a PEFT adapter around it.
 
     Raises:
         FileNotFoundError: the folder holds neither.
@@ -153,7 +155,7 @@ def load_trained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
 def from_pretrained(
     folder: str | os.PathLike[str], base_model: str | None = None, **kwargs: Any
 ) -> PreTrainedModel | PeftModel:
-    """Loads a trained folder on top of its base (or `base_model`), on the `"abft"` attention.
+    """Load a trained folder on top of its base (or `base_model`), on the `"abft"` attention.
 
     `kwargs` go to `AutoModelForCausalLM.from_pretrained`.
 
@@ -177,7 +179,7 @@ def from_pretrained(
 def merge(
     base_model: str, trained: str | os.PathLike[str], output_dir: str | os.PathLike[str], dtype: str = "auto"
 ) -> None:
-    """Writes the base with what `trained` holds merged into it: a model folder that needs nothing of this package.
+    """Write the base with what `trained` holds merged into it: a model folder that works without this package.
 
     Adapters of a 4-bit base are merged into the base at `dtype`. The folder appears whole or not at all.
 
