@@ -135,30 +135,36 @@ def _markdown(overview: Table, parts: Sequence[_Part], pictures: dict[int, dict[
     return "\n".join(lines)
 
 
-def _part(results: Results, title: str) -> _Part:
-    settings, run = results.content["settings"], results.runs[-1]
-    trained = f"{results.largest} training prompts" if results.largest else "nothing trained"
-    seeds = len(results.content["seeds"])
-    setup = (
-        f"k = {settings['k']} demonstrations, {trained}, {seeds} training seed{'s' if seeds > 1 else ''}; data: "
-        f"{settings['data']}; {'LoRA' if settings['lora'] else 'W_Q and W_K in full'}"
+def _setup(results: Results) -> str:
+    """Return one paragraph about the conditions of the experiment."""
+    settings = results.content["settings"]
+    seeds, runs = len(results.content["seeds"]), len(results.content["runs"])
+    unfinished = runs - len(results.runs)
+    return (
+        f"k = {settings['k']} demonstrations, "
+        + (f"{results.largest} training prompts" if results.largest else "nothing trained")
+        + f", {seeds} training seed{'s' if seeds > 1 else ''}; data: {settings['data']}; "
+        + ("LoRA" if settings["lora"] else "W_Q and W_K in full")
         + (", 4-bit base" if settings["load_in_4bit"] else "")
         + (f"; at most {settings['limit']} queries per test" if settings["limit"] else "")
+        + (f". {unfinished} of {runs} runs are not finished yet" if unfinished else "")
+        + "."
     )
-    provenance = {"settings": settings, **{name: run.provenance[name] for name in run.provenance}}
-    unfinished = len(results.content["runs"]) - len(results.runs)
-    if unfinished:
-        setup += f". {unfinished} of {len(results.content['runs'])} runs are not finished yet"
+
+
+def _part(results: Results, title: str) -> _Part:
+    provenance = {"settings": results.content["settings"], **results.runs[-1].provenance}
     analysis = read_analysis(results.folder)
     if analysis is not None:
         provenance["analysis"] = analysis["options"]
-    figures = all_figures(results, analysis)
     return _Part(
         heading=title,
-        setup=setup + ".",
+        setup=_setup(results),
         claims=claims(results),
         tables=experiment_tables(results, analysis),
-        figures=[_Figure(name, caption, _svg(figure)) for name, (figure, caption) in figures.items()],
+        figures=[
+            _Figure(name, caption, _svg(figure)) for name, (figure, caption) in all_figures(results, analysis).items()
+        ],
         provenance=json.dumps(provenance, indent=1, ensure_ascii=False),
     )
 

@@ -92,10 +92,7 @@ class Results:
     ) -> tuple[float | None, float | None]:
         """Return the mean over tasks, and its mean and standard error over seeds; None unless every task was tested."""
         per_task = [self.values(method, task, value, test=test, num_prompts=num_prompts) for task in self.tasks]
-        seeds = min(map(len, per_task))
-        if not seeds:
-            return None, None
-        return mean_and_error([float(np.mean([values[seed] for values in per_task])) for seed in range(seeds)])
+        return _mean_over_seeds(per_task)
 
     def out_of_domain(self, method: str) -> tuple[float | None, float | None]:
         """Return accuracy on tasks other than the trained one, over all pairs: mean and standard error over seeds."""
@@ -105,10 +102,7 @@ class Results:
             for other in self.tasks
             if other != task
         ]
-        seeds = min(map(len, pairs), default=0)
-        if not seeds:
-            return None, None
-        return mean_and_error([float(np.mean([values[seed] for values in pairs])) for seed in range(seeds)])
+        return _mean_over_seeds(pairs)
 
     def compare(self, before: str, after: str, task: str | None = None) -> PairedComparison | None:
         """Compare two methods over the queries of a task, or of all, each query with its mean over draws and seeds."""
@@ -136,6 +130,18 @@ class Results:
             if run.training and not run.training["resumed"]  # what came before the interruption was not timed
         ]
         return mean_and_error(values) if values else (None, None)
+
+
+def _mean_over_seeds(places: list[list[float]]) -> tuple[float | None, float | None]:
+    """Return mean and standard error over seeds of the mean over places; None unless each place has a seed.
+
+    Args:
+        places: of each task, or pair of tasks, one value per seed.
+    """
+    seeds = min(map(len, places), default=0)
+    if not seeds:
+        return None, None
+    return mean_and_error([float(np.mean([values[seed] for values in places])) for seed in range(seeds)])
 
 
 def accuracy(result: dict[str, Any]) -> float:
