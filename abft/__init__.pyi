@@ -2,7 +2,6 @@ from .evaluation.classification import Evaluation as Evaluation
 from .evaluation.classification import evaluate as evaluate
 from .evaluation.label_attention import HeadStatistics as HeadStatistics
 from .evaluation.label_attention import head_statistics as head_statistics
-from .evaluation.retrieval import evaluate_targets as evaluate_targets
 from .losses import HeadCountController as HeadCountController
 from .losses import abft_loss as abft_loss
 from .models.attention import enable as enable
@@ -13,13 +12,13 @@ from .models.weights import from_pretrained as from_pretrained
 from .models.weights import load_trained as load_trained
 from .prompts.builder import Prompt as Prompt
 from .prompts.builder import PromptBuilder as PromptBuilder
-from .prompts.builder import PromptCollator as PromptCollator
+from .prompts.builder import PromptSet as PromptSet
 from .prompts.builder import sample_prompts as sample_prompts
+from .prompts.collation import Collator as Collator
 from .prompts.examples import Example as Example
 from .prompts.examples import load_examples as load_examples
 from .prompts.examples import split_examples as split_examples
 from .prompts.targets import AttentionTarget as AttentionTarget
-from .prompts.targets import TargetCollator as TargetCollator
 from .prompts.tasks import TASKS as TASKS
 from .prompts.tasks import Task as Task
 from .prompts.tasks import Template as Template

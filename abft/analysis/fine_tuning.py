@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from abft.models.masses import forward
 from abft.models.projections import find_kv
-from abft.prompts.builder import PromptBuilder, PromptCollator
+from abft.prompts.builder import PromptBuilder
+from abft.prompts.collation import Collator, padding_id
 from abft.prompts.examples import Example
 
 __all__ = ["KeyValueUpdate", "fine_tune"]
@@ -117,7 +118,7 @@ def fine_tune(
     tuned = copy.deepcopy(model).eval().requires_grad_(False)
     update = KeyValueUpdate(tuned)
     device = next(tuned.parameters()).device
-    collate = PromptCollator(builder)
+    collate = Collator(padding_id(builder.tokenizer))
     losses: list[float] = []
     for prompt in track(prompts * epochs, description="Fine-tuning", disable=not progress):
         batch = {name: tensor.to(device) for name, tensor in collate([prompt]).items()}

@@ -22,7 +22,8 @@ from abft.analysis.fine_tuning import fine_tune
 from abft.analysis.observing import Observation, common_ending, observe
 from abft.evaluation.batching import evaluation_mode, length_sorted_batches
 from abft.models.attention import is_enabled
-from abft.prompts.builder import PromptBuilder, PromptCollator
+from abft.prompts.builder import PromptBuilder
+from abft.prompts.collation import Collator, padding_id
 from abft.prompts.examples import Example
 
 __all__ = ["ImplicitFineTuning", "compare_with_fine_tuning"]
@@ -119,10 +120,10 @@ def compare_with_fine_tuning(
         model, builder, demonstrations, learning_rate=learning_rate, epochs=epochs, progress=progress
     )
     random_update = update.random_like(torch.Generator().manual_seed(seed))
-    collate = PromptCollator(builder)
+    collate = Collator(padding_id(builder.tokenizer))
     totals = _Totals()
     with evaluation_mode(model):
-        for indices, icl_batch in length_sorted_batches(shown, builder, batch_size, "Comparing", progress):
+        for indices, icl_batch in length_sorted_batches(shown, collate, batch_size, "Comparing", progress):
             own = torch.tensor([common_ending(shown[i], alone[i]) for i in indices])
             zero_shot_batch = collate([alone[i] for i in indices])
             icl = observe(model, icl_batch, builder, own)

@@ -20,7 +20,7 @@ from abft.evaluation.label_attention import HeadStatistics, head_statistics
 from abft.files import save_figure, write_json
 from abft.models.loading import load_base, load_tokenizer
 from abft.plots import accuracy_figure, head_figure, metrics_table, training_figure
-from abft.prompts.builder import Prompt, PromptBuilder, sample_prompts
+from abft.prompts.builder import PromptBuilder, PromptSet, sample_prompts
 from abft.provenance import versions
 from abft.training.config import ABFTConfig
 from abft.training.progress import TrainingProgress
@@ -48,8 +48,8 @@ class _Seed:
     """One seed's draw: training prompts and the demonstrations of the test prompts."""
 
     builder: PromptBuilder
-    train: list[Prompt]
-    test: list[Prompt]
+    train: PromptSet
+    test: PromptSet
     folder: Path
 
 
@@ -59,7 +59,7 @@ def _load_model() -> Any:
 
 def _measure(model: Any, draw: _Seed, settings: DemoSettings, progress: bool) -> dict[str, Any]:
     shared = {"batch_size": settings.batch_size, "progress": progress}
-    metrics = evaluate(model, draw.test, draw.builder, **shared).to_dict()  # type: ignore[arg-type]
+    metrics = evaluate(model, draw.test, **shared).to_dict()  # type: ignore[arg-type]
     return {**metrics, **head_statistics(model, draw.test, draw.builder, **shared).to_dict()}  # type: ignore[arg-type]
 
 

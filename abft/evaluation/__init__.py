@@ -1,1 +1,1 @@
-"""What a model predicts and attends to on prompts and targets, and the paper's tests of it."""
+"""Evaluation of models on prompts and targets, and the tests of the paper."""

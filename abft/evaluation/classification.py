@@ -1,11 +1,11 @@
-"""Label-word classification with a causal language model, and its metrics."""
+"""Evaluation of a causal language model: classification of prompts by label words, and its metrics."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from peft import PeftModel
@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from abft.evaluation.batching import evaluation_mode, length_sorted_batches
+from abft.evaluation.retrieval import TargetEvaluation, read_targets
 from abft.models.attention import is_enabled
 from abft.models.masses import forward
-from abft.prompts.builder import Prompt, PromptBuilder
-from abft.prompts.collation import MODEL_INPUTS
+from abft.prompts.builder import Prompt, PromptBuilder, PromptSet
+from abft.prompts.collation import MODEL_INPUTS, Collator
+from abft.prompts.targets import AttentionTarget
 
 
 def _softcap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap)
 
 
-# What the models of transformers do to the output of their LM head: the configuration field, the operation,
-# and how the model types known to perform it begin ("" is any): HyperCLOVA X multiplies, Granite divides.
+# Operations of transformers' models on the output of their LM head: the configuration field, the operation, and the
+# prefixes of the model types known to perform it ("" is any): HyperCLOVA X multiplies, Granite divides.
 _LOGIT_TRANSFORMS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[str, ...]]] = {
     "logit_scale": (torch.mul, ("cohere",)),
     "logits_scaling": (torch.div, ("granite", "minicpm3")),
@@ -38,7 +40,7 @@ _LOGIT_TRANSFORMS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[str,
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Metrics over n prompts and C classes, with the per-prompt results that paired comparisons need.
+    """Metrics over n prompts and C classes, with the per-prompt results for paired comparisons.
 
     Args:
         n: number of prompts.
@@ -65,7 +67,7 @@ class Evaluation:
 
     @classmethod
     def from_probabilities(cls, probabilities: Tensor, labels: Tensor, *, bins: int = 15) -> Evaluation:
-        """Computes the metrics, with sums in fp64.
+        """Compute the metrics, with sums in fp64.
 
         Args:
             probabilities: (n, C) floating point, rows that sum to 1.
@@ -106,7 +108,7 @@ class Evaluation:
         )
 
     def to_dict(self) -> dict[str, int | float]:
-        """The metrics without the per-prompt tensors, ready for JSON."""
+        """Return the metrics without the per-prompt tensors, ready for JSON."""
         return {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
 
 
@@ -114,16 +116,15 @@ class Evaluation:
 def label_logits(
     model: PreTrainedModel | PeftModel, batch: Mapping[str, Tensor], label_token_ids: Sequence[int], **arguments: Any
 ) -> Tensor:
-    """The next-token logits of the label tokens at the end of each prompt.
+    """Return the next-token logits of the label tokens at the end of each prompt.
 
-    Runs the decoder, then the C label rows of the LM head in fp32. The full logits are never made; and logits
-    that a half-precision head would round (to steps of 1/8 between 16 and 32, in bf16: enough to tie labels)
-    are not rounded.
+    Run the decoder, then the C label rows of the LM head in fp32. The full logits are never computed, and none is
+    rounded: a bf16 head rounds logits between 16 and 32 to steps of 1/8, enough to tie labels.
 
     Args:
         model: causal language model of transformers, bare or wrapped by PEFT; on any device.
-        batch: from ``PromptCollator``, padded on either side: its ``MODEL_INPUTS`` and
-            ``query_positions`` (B, 1) are used.
+        batch: prompts from ``abft.Collator``, padded on either side: its ``MODEL_INPUTS`` and ``query_positions``
+            (B, 1) are used.
         label_token_ids: C token ids.
         arguments: handed to the decoder, for its attention: ``momentum``, ``attention_probe``.
 
@@ -142,17 +143,17 @@ def label_logits(
         raise ValueError(f"only the 'abft' attention knows {', '.join(arguments)}; call abft.enable(model) first")
     causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head = causal_lm.get_output_embeddings()
-    # A quantized or adapted head is either no nn.Linear or one whose weight does not have a row per token.
+    # A quantized or adapted head is either not an nn.Linear, or its weight does not have a row per token.
     if not isinstance(head, nn.Linear) or head.weight.shape != (head.out_features, head.in_features):
         raise NotImplementedError(
             f"LM head of {type(causal_lm).__name__} is {type(head).__name__}, not a plain nn.Linear; "
             "exclude the LM head from quantization and adapters, or merge the adapter"
         )
-    # The one other part is the decoder; a third, like BERT's prediction transform, would be silently skipped.
+    # The only other part is the decoder; a third, like BERT's prediction transform, would be silently skipped.
     parts = [p for p in causal_lm.children() if p is not head and next(p.parameters(), None) is not None]
     if len(parts) != 1:
         raise NotImplementedError(
-            f"{type(causal_lm).__name__} is not made of one decoder and an LM head, but of "
+            f"{type(causal_lm).__name__} does not consist of one decoder and an LM head, but of "
             f"{', '.join(name for name, _ in causal_lm.named_children())}; load it as AutoModelForCausalLM"
         )
     decoder = parts[0]
@@ -167,37 +168,89 @@ def label_logits(
     return _transform_logits(logits, causal_lm.config.get_text_config())
 
 
+@overload
+def evaluate(  # type: ignore[overload-overlap]  # a set of prompts is a sequence of targets, but is classified
+    model: PreTrainedModel | PeftModel,
+    samples: PromptSet,
+    builder: None = None,
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+    **arguments: Any,
+) -> Evaluation: ...
+@overload
 def evaluate(
     model: PreTrainedModel | PeftModel,
-    prompts: Sequence[Prompt],
+    samples: Sequence[Prompt],
     builder: PromptBuilder,
     *,
     batch_size: int = 32,
     progress: bool = True,
     **arguments: Any,
-) -> Evaluation:
-    """Classifies every prompt by its most probable label token and scores the result.
+) -> Evaluation: ...
+@overload
+def evaluate(
+    model: PreTrainedModel | PeftModel,
+    samples: Sequence[AttentionTarget],
+    builder: None = None,
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> TargetEvaluation: ...
+def evaluate(
+    model: PreTrainedModel | PeftModel,
+    samples: Sequence[AttentionTarget],
+    builder: PromptBuilder | None = None,
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+    **arguments: Any,
+) -> Evaluation | TargetEvaluation:
+    """Evaluate the model on a set of prompts or on attention targets, in one pass over them, batched by length.
 
-    Prompts are batched by length. The model runs in evaluation mode, and every module is put back into the mode
-    it was in.
+    A prompt is classified by its most probable label token. Of a target, the masses on its keys are read, for every
+    head, and the most probable of all tokens; the LM head computes only the row of each last query position. Under
+    tensor parallelism these masses are those of the process's own heads. The model runs in evaluation mode, and every
+    module is put back into the mode it was in.
 
     Args:
-        model: as for ``label_logits``.
-        prompts: from ``builder``.
-        builder: knows the label tokens and the padding.
-        batch_size: prompts per forward pass.
+        model: for prompts, as for ``label_logits``; for targets, on the `"abft"` attention (see :func:`abft.enable`).
+            On any device.
+        samples: a :class:`PromptSet`, as :func:`abft.sample_prompts` makes it, or attention targets; at least one.
+        builder: not needed: a set of prompts knows its builder.
+        batch_size: samples per forward pass.
         progress: show a progress bar.
-        arguments: as for ``label_logits``.
+        arguments: for prompts only, as for ``label_logits``.
 
     Raises:
-        ValueError: there are no prompts, ``batch_size`` is not positive, the model returned a logit that is not
-            finite, or as ``label_logits``.
+        TypeError: prompts that are not a :class:`PromptSet`; targets with ``arguments``.
+        ValueError: there are no samples, ``batch_size`` is not positive, the model returned a logit that is not
+            finite, targets on a model with another attention, or as ``label_logits``.
         NotImplementedError: as ``label_logits``.
     """
-    logits = torch.empty(len(prompts), len(builder.label_token_ids))
+    if builder is not None:
+        samples = PromptSet(builder, samples)  # type: ignore[arg-type]
+    if isinstance(samples, PromptSet):
+        return _classify(model, samples, batch_size, progress, arguments)
+    if arguments:
+        raise TypeError(f"{', '.join(arguments)}: evaluation of targets takes no such argument; pass a set of prompts")
+    for index, sample in enumerate(samples):
+        if isinstance(sample, Prompt):
+            raise TypeError(
+                f"sample {index} is a Prompt in a {type(samples).__name__}, which does not know the label tokens; pass "
+                "PromptSet(builder, prompts), or a slice of what sample_prompts returned"
+            )
+    return read_targets(model, samples, batch_size, progress)
+
+
+def _classify(
+    model: PreTrainedModel | PeftModel, prompts: PromptSet, batch_size: int, progress: bool, arguments: dict[str, Any]
+) -> Evaluation:
+    logits = torch.empty(len(prompts), len(prompts.label_token_ids))
+    collate = Collator(prompts.pad_token_id)
     with evaluation_mode(model):
-        for indices, batch in length_sorted_batches(prompts, builder, batch_size, "Evaluating", progress):
-            logits[indices] = label_logits(model, batch, builder.label_token_ids, **arguments).cpu()
+        for indices, batch in length_sorted_batches(prompts, collate, batch_size, "Evaluating", progress):
+            logits[indices] = label_logits(model, batch, prompts.label_token_ids, **arguments).cpu()
     if bad := (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist():
         raise ValueError(
             f"label logits of {len(bad)} of {len(prompts)} prompts are not finite, first prompt {bad[0]}: "
@@ -214,8 +267,8 @@ def _transform_logits(logits: Tensor, config: Any) -> Tensor:
             continue
         if not config.model_type.startswith(model_types):
             raise NotImplementedError(
-                f"{name}={value}: what model type {config.model_type!r} does to logits is not known here; "
-                f"set it to None if it does nothing (known types: {', '.join(model_types)})"
+                f"{name}={value}: its effect on the logits of model type {config.model_type!r} is not known here; "
+                f"set it to None if it has none (known types: {', '.join(model_types)})"
             )
         logits = transform(logits, value)
     return logits

@@ -1,8 +1,8 @@
-"""What the heads of a model look at: induction-head rates and masses on labels, per layer and head."""
+"""Attention of each head to the keys of prompts or targets: induction-head rates and masses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,22 +13,24 @@ from transformers import PreTrainedModel
 
 from abft.evaluation.batching import evaluation_mode, length_sorted_batches
 from abft.losses import induction_heads
+from abft.models.attention import transformer_of
 from abft.models.masses import forward_with_mass
-from abft.prompts.builder import Prompt, PromptBuilder
-from abft.prompts.collation import MASS_INPUTS
+from abft.prompts.builder import PromptBuilder, PromptSet
+from abft.prompts.collation import MASS_INPUTS, Collator, padding_id
+from abft.prompts.targets import AttentionTarget
 
-__all__ = ["HeadStatistics", "head_statistics"]
+__all__ = ["HeadStatistics", "head_statistics", "read_heads"]
 
 
 @dataclass(frozen=True, eq=False)
 class HeadStatistics:
-    """Means over prompts, of the last row's attention; each `(L, H)` float32 on the CPU.
+    """Means over samples of the attention of their rows (of a prompt, the last row); each `(L, H)` float32 on the CPU.
 
     Args:
-        induction_rate: share of the prompts on which the head passes the induction-head filter.
-        mass_correct: mass on the labels equal to the gold one.
-        mass_wrong: mass on the other labels.
-        induction_heads: mean number of induction heads per prompt, over all layers.
+        induction_rate: share of the rows on which the head passes the induction-head filter.
+        mass_correct: mass on positive keys; for prompts, the labels equal to the gold one.
+        mass_wrong: mass on negative keys; for prompts, the other labels.
+        induction_heads: mean number of induction heads per sample, over all layers.
     """
 
     induction_rate: Tensor
@@ -38,53 +40,74 @@ class HeadStatistics:
 
     @property
     def correct_share(self) -> Tensor:
-        """Of the mass on labels, the part on correct ones, `(L, H)`; 0 for a head without any."""
+        """Share of the mass on labels that is on correct ones, `(L, H)`; 0 for a head without mass on labels."""
         total = self.mass_correct + self.mass_wrong
         return torch.where(total > 0, self.mass_correct / total.clamp(min=1e-30), 0.0)
 
     def strongest_head(self) -> tuple[int, int]:
-        """Layer and head that passes the filter on most prompts; ties go to the larger mass on labels."""
+        """Return the layer and head that passes the filter most often; ties go to the larger mass on labels."""
         score = self.induction_rate + (self.mass_correct + self.mass_wrong) * 1e-6
         layer, head = divmod(int(score.argmax()), score.shape[1])
         return layer, head
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and nested lists, for JSON."""
+        """Return plain numbers and nested lists, for JSON."""
         tensors = {name: value.tolist() for name, value in vars(self).items() if isinstance(value, Tensor)}
         return {"induction_heads": self.induction_heads, **tensors, "correct_share": self.correct_share.tolist()}
 
 
-@torch.inference_mode()
 def head_statistics(
     model: PreTrainedModel | PeftModel,
-    prompts: Sequence[Prompt],
-    builder: PromptBuilder,
+    samples: Sequence[AttentionTarget],
+    builder: PromptBuilder | None = None,
     *,
     batch_size: int = 32,
     progress: bool = True,
 ) -> HeadStatistics:
-    """Reads the masses on label tokens of every head over `prompts`, in batches, without an N × N tensor.
+    """Read the masses of every head on the samples' positive and negative keys, in batches, without an N × N tensor.
 
     Args:
         model: on the `"abft"` attention (see :func:`abft.enable`).
-        prompts: at least one.
-        builder: the prompts' builder.
-        batch_size: prompts per forward pass.
+        samples: a set of prompts, or attention targets; at least one.
+        builder: not needed: a set of prompts knows its builder.
+        batch_size: samples per forward pass.
         progress: show a progress bar.
 
     Raises:
-        ValueError: no prompts, or a model on another attention.
+        ValueError: no samples, or a model on another attention.
+    """
+    if builder is not None:
+        samples = PromptSet(builder, samples)  # type: ignore[arg-type]
+    collate = Collator(padding_id(samples, transformer_of(model).config.get_text_config()))
+    return read_heads(model, samples, collate, batch_size, progress)
+
+
+def read_heads(
+    model: PreTrainedModel | PeftModel,
+    samples: Sequence[AttentionTarget],
+    collate: Collator,
+    batch_size: int,
+    progress: bool,
+    on_logits: Callable[[list[int], Tensor], None] | None = None,
+) -> HeadStatistics:
+    """Read the masses of every head, and hand out the logits at the last column of each batch on the way.
+
+    Args:
+        model, samples, batch_size, progress: as for :func:`head_statistics`.
+        collate: without packing.
+        on_logits: called with the indices of a batch's samples and its logits `(B, vocabulary)`.
     """
     device = next(model.parameters()).device
     sums: list[Tensor] = []
     with evaluation_mode(model):
-        for _, batch in length_sorted_batches(prompts, builder, batch_size, "Reading heads", progress):
+        for indices, batch in length_sorted_batches(samples, collate, batch_size, "Reading heads", progress):
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            passed: dict[str, Any] = {name: inputs[name] for name in MASS_INPUTS if name in inputs}
-            outputs = forward_with_mass(model, **passed)
-            masses = torch.stack([mass.squeeze(2) for mass in outputs.attentions])  # [L, B, H, 2]
+            outputs = forward_with_mass(model, **{name: inputs[name] for name in MASS_INPUTS if name in inputs})
+            if on_logits is not None:
+                on_logits(indices, outputs.logits[:, -1])
+            masses = torch.stack([mass.to(device) for mass in outputs.attentions])  # [L, B, H, R, 2]
             selected = induction_heads(masses, inputs["demonstrations"], inputs["prompt_lengths"])
-            per_head = torch.cat([selected[..., None].to(masses.dtype), masses], dim=-1)
-            sums.append(per_head.sum(dim=1).cpu())
-    rate, correct, wrong = (torch.stack(sums).sum(0) / len(prompts)).float().unbind(-1)
-    return HeadStatistics(rate, correct, wrong, rate.sum().item())
+            per_row = torch.cat([selected[..., None].to(masses.dtype), masses], dim=-1)
+            sums.append((per_row * inputs["row_weights"][:, None, :, None]).sum(dim=(1, 3)).cpu())
+    rate, positive, negative = (torch.stack(sums).sum(0) / len(samples)).float().unbind(-1)
+    return HeadStatistics(rate, positive, negative, rate.sum().item())

@@ -13,21 +13,22 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 from abft.evaluation.batching import evaluation_mode
-from abft.models.loading import default_device, load_tokenizer
+from abft.models.loading import context_of, default_device, load_tokenizer
+from abft.prompts.collation import padding_id
 
 __all__ = ["check_mauve", "continuations", "mauve_score"]
 
 
 def check_mauve() -> None:
-    """Raises ValueError if mauve-text is missing."""
+    """Raise ValueError if mauve-text is missing."""
     if find_spec("mauve") is None:
         raise ValueError("MAUVE needs mauve-text (GPL-3.0): pip install 'abft[mauve]'")
 
 
-@torch.inference_mode()
 def continuations(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -39,16 +40,16 @@ def continuations(
     seed: int = 0,
     progress: bool = True,
 ) -> list[str]:
-    """n sampled continuations (temperature 1), the prefixes coming round in turn; each with its prefix.
+    """Return n sampled continuations (temperature 1), each with its prefix; the prefixes are repeated in turn.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
         prefixes: at least one, each of a token or more.
-        n: texts.
+        n: number of texts.
         new_tokens: tokens of each continuation.
         batch_size: texts generated at once.
-        seed: of the draws, which leave PyTorch's own generator as it was.
+        seed: seed of the draws, which leave PyTorch's own generator as it was.
 
     Raises:
         ValueError: no prefixes, or an empty one.
@@ -56,33 +57,29 @@ def continuations(
     if not prefixes or any(not tokenizer(prefix).input_ids for prefix in prefixes):
         raise ValueError(f"prefixes must be one or more texts of a token or more, got {list(prefixes)!r}")
     device = next(model.parameters()).device
-    filler = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    filler = padding_id(tokenizer)
+    sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "max_new_tokens": new_tokens}
     texts = []
     with torch.random.fork_rng(), evaluation_mode(model):
         torch.manual_seed(seed)
         order = [prefixes[index % len(prefixes)] for index in range(n)]
         for start in track(range(0, n, batch_size), description="Writing", disable=not progress):
-            rows = [tokenizer(prefix).input_ids for prefix in order[start : start + batch_size]]
-            longest = max(map(len, rows))
-            ids = torch.full((len(rows), longest), filler)
-            mask = torch.zeros_like(ids)
-            for row, tokens in enumerate(rows):  # on the left, whatever the tokenizer's own side is
-                ids[row, longest - len(tokens) :] = torch.tensor(tokens)
-                mask[row, longest - len(tokens) :] = 1
+            rows = [torch.tensor(tokenizer(prefix).input_ids) for prefix in order[start : start + batch_size]]
+            # On the left, whatever the tokenizer's own side is.
+            ids = pad_sequence(rows, batch_first=True, padding_value=filler, padding_side="left")
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
             written = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, top_k=0, top_p=1.0,
-                temperature=1.0, max_new_tokens=new_tokens, pad_token_id=filler,
-            )  # fmt: skip
+                input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=filler, **sampling
+            )
             texts += tokenizer.batch_decode(written, skip_special_tokens=True)
     return texts
 
 
-@torch.inference_mode()
 def _features(texts: Sequence[str], feature_model: str, batch_size: int, progress: bool) -> Tensor:
-    """The last token's last hidden state of each text, fp32 `(n, d)`."""
+    """Return the last hidden state of the last token of each text, fp32 `(n, d)`."""
     tokenizer = load_tokenizer(feature_model)
     model = AutoModel.from_pretrained(feature_model, dtype="auto").to(default_device())
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_of(model.config)
     features = []
     with evaluation_mode(model):
         for start in track(range(0, len(texts), batch_size), description="Reading", disable=not progress):
@@ -95,11 +92,11 @@ def _features(texts: Sequence[str], feature_model: str, batch_size: int, progres
 def mauve_score(
     before: Sequence[str], after: Sequence[str], feature_model: str, *, batch_size: int = 32, progress: bool = True
 ) -> float:
-    """MAUVE of two sets of texts: 1 where they cannot be told apart, near 0 where they share nothing.
+    """Return MAUVE of two sets of texts: 1 if they cannot be told apart, near 0 if they share nothing.
 
     Args:
-        before, after: as many texts each.
-        feature_model: a local folder or a name on the Hub, whose last hidden state stands for a text.
+        before, after: equally many texts each.
+        feature_model: a local folder or a name on the Hub; its last hidden state represents a text.
 
     Raises:
         ValueError: mauve-text is missing, or the numbers of texts differ.

@@ -1,7 +1,7 @@
 """Metrics over several sets of predictions: consistency, bias, calibration, comparison; and StaICC's own arithmetic.
 
-Where StaICC 0.1.1 goes wrong (a second softmax over probabilities, an ECE that drops confidence 1.0, unequal steps on
-GLER's axis, consistency over all earlier calls) this module does not follow it, but for :func:`staicc_metrics`.
+StaICC 0.1.1 has errors: a second softmax over probabilities, an ECE that drops confidence 1.0, unequal steps on GLER's
+axis, consistency over all earlier calls. Only :func:`staicc_metrics` repeats them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,22 @@ from torch import Tensor
 from abft.evaluation.classification import Evaluation
 
 __all__ = [
-    "PairedComparison", "calibrate", "consistency", "distribution_bias", "gler", "mean_and_error", "paired_bootstrap",
-    "posterior_bias", "staicc_metrics",
-]  # fmt: skip
+    "PairedComparison",
+    "calibrate",
+    "consistency",
+    "distribution_bias",
+    "gler",
+    "mean_and_error",
+    "paired_bootstrap",
+    "posterior_bias",
+    "staicc_metrics",
+]
 
 STAICC_BINS = 10
 
 
 def consistency(predictions: Tensor) -> float:
-    """Mean over queries of the share of variants that give the most frequent prediction.
+    """Return the mean over queries of the share of variants that give the most frequent prediction.
 
     Args:
         predictions: `(V, Q)` int64, the predicted class of each query under each of V variants of the prompt.
@@ -41,28 +48,28 @@ def consistency(predictions: Tensor) -> float:
 
 
 def distribution_bias(probabilities: Tensor) -> dict[str, float | list[float]]:
-    """How far from uniform a model's mean answer to queries without content is.
+    """Return a model's mean answer to queries without content, and its entropy.
 
     Args:
         probabilities: `(n, C)` floating point, over the labels.
 
     Returns:
-        `distribution`, the mean probabilities, and `entropy` in nats; ln C is an unbiased model's.
+        `distribution`, the mean probabilities, and `entropy` in nats, which is ln C for an unbiased model.
     """
     mean = probabilities.double().mean(dim=0)
     return {"distribution": mean.tolist(), "entropy": torch.special.entr(mean).sum().item()}
 
 
 def posterior_bias(probabilities: Tensor, labels: Tensor) -> dict[str, float | list[float] | None]:
-    """How far a model's mean prediction is from the frequencies of the gold labels.
+    """Return the distance of a model's mean prediction from the frequencies of the gold labels.
 
     Args:
         probabilities: `(n, C)` floating point.
         labels: `(n,)` int64.
 
     Returns:
-        `difference`, mean probability less frequency by class, and `kl`, KL(mean prediction ‖ frequencies) in nats;
-        None, for infinity, if a class that is predicted never is gold.
+        `difference`, mean probability minus frequency by class, and `kl`, KL(mean prediction ‖ frequencies) in nats;
+        None, for infinity, if a predicted class is never gold.
     """
     mean = probabilities.double().mean(dim=0)
     frequency = torch.bincount(labels, minlength=len(mean)).double() / len(labels)
@@ -71,11 +78,11 @@ def posterior_bias(probabilities: Tensor, labels: Tensor) -> dict[str, float | l
 
 
 def gler(correct_label_shares: Sequence[float], values: Sequence[float]) -> float:
-    """GLER as StaICC defines it, after arXiv 2205.12685: the slope of a metric over the share of correct labels.
+    """Return GLER as StaICC defines it (arXiv 2205.12685): the slope of a metric over the share of correct labels.
 
     Args:
-        correct_label_shares: 1 − the share of demonstrations with a wrong label, of each measurement.
-        values: the metric there.
+        correct_label_shares: for each measurement, 1 − the share of demonstrations with a wrong label.
+        values: for each measurement, the metric.
 
     Raises:
         ValueError: fewer than two different shares.
@@ -86,7 +93,7 @@ def gler(correct_label_shares: Sequence[float], values: Sequence[float]) -> floa
 
 
 def calibrate(probabilities: Tensor, prior: Tensor) -> Tensor:
-    """Contextual calibration (Zhao et al., arXiv 2102.09690): p / prior, normalised.
+    """Calibrate probabilities in context (Zhao et al., arXiv 2102.09690): p / prior, normalised.
 
     Args:
         probabilities: `(n, C)` over the labels.
@@ -101,7 +108,7 @@ class PairedComparison:
     """Difference of two accuracies on the same samples.
 
     Args:
-        difference: mean of the second less mean of the first.
+        difference: mean of the second minus mean of the first.
         low, high: 95 % interval by the paired bootstrap (percentiles).
         p_value: two-sided, by the sign-flip permutation test on the differences.
     """
@@ -118,11 +125,11 @@ class PairedComparison:
 def paired_bootstrap(
     before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray, *, resamples: int = 2000
 ) -> PairedComparison:
-    """Compares two measurements of the same independent samples, such as how often each query was answered correctly.
+    """Compare two measurements of the same independent samples, such as how often each query was answered correctly.
 
     Args:
         before, after: n values each, in the same order.
-        resamples: of bootstrap and permutation; their draws are fixed.
+        resamples: number of resamples of the bootstrap and of the permutation test, whose draws are fixed.
 
     Raises:
         ValueError: different numbers of samples, or fewer than two.
@@ -137,23 +144,28 @@ def paired_bootstrap(
         (differences,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(0), batch=100
     ).confidence_interval
     test = stats.permutation_test(
-        (differences,), np.mean, permutation_type="samples", n_resamples=resamples, rng=np.random.default_rng(0),
-        batch=100, vectorized=True,
-    )  # fmt: skip
+        (differences,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=resamples,
+        rng=np.random.default_rng(0),
+        batch=100,
+        vectorized=True,
+    )
     return PairedComparison(mean, float(interval.low), float(interval.high), float(test.pvalue))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error over repeats; None for the error of a single one."""
+    """Return the mean and its standard error over repeats; the error of a single repeat is None."""
     error = float(stats.sem(values)) if len(values) > 1 else None
     return float(np.mean(values)), error
 
 
 def staicc_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """The figures that StaICC 0.1.1 would print for the same probabilities, its errors included.
+    """Return the figures that StaICC 0.1.1 would print for the same probabilities, its errors included.
 
-    It takes probabilities for logits (unless every row sums to exactly 1 in floating point), so likelihood and
-    calibration are of a second softmax; F1 is averaged over all classes; a bin holds [b/10, (b+1)/10).
+    It takes probabilities for logits (unless every row sums to exactly 1 in floating point), so that likelihood and
+    calibration come from a second softmax; F1 is averaged over all classes; a bin holds [b/10, (b+1)/10).
     """
     rows = [list(map(float, row)) for row in evaluation.probabilities]
     probabilities = torch.tensor(rows, dtype=torch.float64)

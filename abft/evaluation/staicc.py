@@ -1,10 +1,10 @@
 """StaICC's tasks: splits and draws of demonstrations by its generator, and its data where the package is installed.
 
-StaICC (Cho et al., arXiv 2501.15708; the extra `abft[staicc]`, 0.1.1) fixes for each task which examples are trained
-on, which are demonstrations and which are queries, and which demonstrations each query gets. All of that follows from
-one linear congruential generator, so that the prompts made here are its prompts. Of the package only data files are
-read: its pickles by an unpickler that makes lists, tuples, strings and integers and nothing else, and the literals of
-its template variants; none of its code runs.
+StaICC (Cho et al., arXiv 2501.15708; the extra `abft[staicc]`, 0.1.1) fixes for each task the examples to train on, the
+demonstrations, the queries, and the demonstrations of each query. All of that follows from one linear congruential
+generator, so that the prompts made here are its prompts. Only data files of the package are read: its pickles, by an
+unpickler that makes nothing but lists, tuples, strings and integers, and the literals of its template variants. None of
+its code runs.
 """
 
 from __future__ import annotations
@@ -23,16 +23,22 @@ from abft.prompts.examples import Example, load_examples
 from abft.prompts.tasks import TASKS, Task, Template, get_task
 
 __all__ = [
-    "StaICCRandom", "TaskData", "load_task_data", "split_task", "staicc_order", "staicc_task", "staicc_task_data",
+    "StaICCRandom",
+    "TaskData",
+    "load_task_data",
+    "split_task",
+    "staicc_order",
+    "staicc_task",
+    "staicc_task_data",
     "template_variants",
-]  # fmt: skip
+]
 
 SEED = 42
 TRAIN, DEMONSTRATIONS, QUERIES = 1024, 4096, 512
-# Smaller pools of demonstrations, for the two tasks that have not enough texts.
+# Smaller pools of demonstrations, for two tasks with too few texts.
 _DEMONSTRATIONS = {"FP": 512, "TEE": 3192}
 LONGEST_TEXT = 1024
-"""Characters; StaICC leaves longer texts out."""
+"""Characters; StaICC omits longer texts."""
 
 # Each task's data file and loader class in the package.
 _FILES = {
@@ -56,19 +62,19 @@ class StaICCRandom:
         self._state = seed
 
     def random(self) -> float:
-        """The next number in [0, 1)."""
+        """Return the next number in [0, 1)."""
         self._state = (1664525 * self._state + 1013904223) % 2**32
         return self._state / 2**32
 
     def between(self, start: int, end: int) -> int:
-        """An integer in [start, end)."""
+        """Return an integer in [start, end)."""
         return int(start + (end - start) * self.random())
 
     def sample(self, items: Sequence[_T], n: int) -> list[_T]:
-        """Draws n items without replacement.
+        """Draw n items without replacement.
 
         Raises:
-            ValueError: n is more than there are.
+            ValueError: n is more than the number of items.
         """
         if n > len(items):
             raise ValueError(f"cannot draw {n} of {len(items)} without replacement")
@@ -82,9 +88,9 @@ class TaskData:
 
     Args:
         task: label words and template.
-        train: what training draws queries and demonstrations from (StaICC: calibration set).
-        demonstrations: what test prompts draw demonstrations from.
-        queries: what is asked in test prompts.
+        train: examples from which training draws queries and demonstrations (StaICC: calibration set).
+        demonstrations: examples from which test prompts draw demonstrations.
+        queries: the queries of test prompts.
     """
 
     task: Task
@@ -93,10 +99,10 @@ class TaskData:
     queries: list[Example]
 
     def draws(self, k: int, n: int) -> list[list[int]]:
-        """Indices of k demonstrations for each of n prompts, by StaICC's generator started anew.
+        """Return indices of k demonstrations for each of n prompts, by StaICC's generator from its seed.
 
         Raises:
-            ValueError: k is below 0, or more than there are demonstrations.
+            ValueError: k is below 0, or more than the number of demonstrations.
         """
         if not 0 <= k <= len(self.demonstrations):
             raise ValueError(f"k={k}, but task {self.task.name} has {len(self.demonstrations)} demonstrations; lower k")
@@ -105,15 +111,15 @@ class TaskData:
 
 
 def split_task(task: Task, examples: Sequence[Example], sizes: tuple[int, int, int] | None = None) -> TaskData:
-    """Cuts examples into train, demonstrations and queries as StaICC does.
+    """Split examples into train, demonstrations and queries as StaICC does.
 
     Args:
-        task: which they are of.
-        examples: in StaICC's order for its very splits (its own files have it; see :func:`staicc_order` for others').
-        sizes: of the splits. None for StaICC's: 1,024, 4,096 (FP 512, TEE 3,192) and 512.
+        task: the task of the examples.
+        examples: in StaICC's order to get its splits (its own files have it; for others see :func:`staicc_order`).
+        sizes: sizes of the splits. None for StaICC's: 1,024, 4,096 (FP 512, TEE 3,192) and 512.
 
     Raises:
-        ValueError: more wanted than there are examples.
+        ValueError: the sizes sum to more than the number of examples.
     """
     train, demonstrations, queries = sizes or (TRAIN, _DEMONSTRATIONS.get(task.name, DEMONSTRATIONS), QUERIES)
     total = train + demonstrations + queries
@@ -127,22 +133,22 @@ def split_task(task: Task, examples: Sequence[Example], sizes: tuple[int, int, i
 
 
 def staicc_order(examples: Sequence[Example]) -> list[Example]:
-    """A data set as its publishers order it, in the order of StaICC's files: long texts out, then shuffled."""
+    """Return a data set as published in the order of StaICC's files: without long texts, shuffled."""
     short = [example for example in examples if len(example.text) <= LONGEST_TEXT]
     return StaICCRandom().sample(short, len(short))
 
 
 def staicc_task(name_or_index: str | int) -> Task:
-    """The task with StaICC 0.1.1's own label words: those of `abft.prompts.tasks`, but "false" and "true" for SUBJ."""
+    """Return the task with StaICC 0.1.1's own label words, which differ for SUBJ: "false" and "true"."""
     task = get_task(name_or_index)
     return replace(task, labels=("false", "true")) if task.name == "SUBJ" else task
 
 
 def staicc_task_data(task: str | int | Task) -> TaskData:
-    """A task's data from the installed StaICC package.
+    """Return a task's data from the installed StaICC package.
 
     Args:
-        task: name or index; or a task with other label words or another template, of a name that StaICC has.
+        task: name or index; or a task with a name of StaICC's and other label words or another template.
 
     Raises:
         ValueError: unknown task; StaICC is not installed, or its file holds anything but texts and class indices.
@@ -156,17 +162,16 @@ def staicc_task_data(task: str | int | Task) -> TaskData:
 def load_task_data(
     name_or_index: str, folder: str | Path, *, sizes: tuple[int, int, int] | None = None, shuffle: bool = False
 ) -> TaskData:
-    """A task's data from a file of one's own: `folder/NAME.jsonl` or `.csv`, with columns text and label.
+    """Return a task's data from the user's file: `folder/NAME.jsonl` or `.csv`, with columns text and label.
 
-    A name of StaICC's has its label words and template; any other is a task of the file's labels and the default
-    template.
+    A task of StaICC's has its label words and template; any other task has the file's labels and the default template.
 
     Args:
-        name_or_index: of the task.
-        folder: where its file lies.
-        sizes: as :func:`split_task`; None with too few examples for StaICC's: a quarter for training, half for
-            demonstrations, a quarter queries.
-        shuffle: bring the file into StaICC's order first (it is a data set as published).
+        name_or_index: name or index of the task.
+        folder: the folder of the file.
+        sizes: as for :func:`split_task`. None with too few examples for StaICC's sizes: a quarter for training, half
+            for demonstrations, a quarter for queries.
+        shuffle: bring the file, a data set as published, into StaICC's order first.
 
     Raises:
         ValueError: no such file, or one that cannot be read.
@@ -192,9 +197,9 @@ def load_task_data(
 
 
 def template_variants(task: Task) -> list[Template]:
-    """The nine templates of the template-sensitivity test: rows of the orthogonal array L9(3⁴) over four parts.
+    """Return the nine templates of the template-sensitivity test: rows of the orthogonal array L9(3⁴) over four parts.
 
-    With StaICC installed, and a task of its name, its own instructions and prefixes; else general ones.
+    The instructions and prefixes are StaICC's if it is installed and has a task of that name, else general ones.
     """
     own = task.template
     alternatives = _staicc_alternatives(task.name) if task.name in _FILES and _installed() else None
@@ -206,17 +211,12 @@ def template_variants(task: Task) -> list[Template]:
             (own.label_prefix, "label:", "answer:"),
             (own.separator, " ", "\t"),
         )
-    return [
-        Template(
-            instruction=alternatives[0][i], text_prefix=alternatives[1][t], label_prefix=alternatives[2][label],
-            separator=alternatives[3][s],
-        )
-        for i, t, label, s in _L9
-    ]  # fmt: skip
+    instructions, text_prefixes, label_prefixes, separators = alternatives
+    return [Template(text_prefixes[t], label_prefixes[label], separators[s], instructions[i]) for i, t, label, s in _L9]
 
 
 def read_pickle(path: Path, task: Task) -> list[Example]:
-    """Examples of one of StaICC's data files: a list of ([text], class index).
+    """Read the examples of one of StaICC's data files, a list of ([text], class index).
 
     Raises:
         ValueError: the file is no pickle, or holds anything else; no code in it is run.
@@ -248,13 +248,13 @@ def _is_row(row: Any, classes: int) -> bool:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Makes plain data only: a pickle that names a class or function is refused before it is looked up."""
+    """Unpickler of plain data: refuses a pickle that names a class or function before looking it up."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and data files hold plain data only")
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError(f"it refers to an object outside of the file, {pid!r}")
+        raise pickle.UnpicklingError(f"it refers to an object outside the file, {pid!r}")
 
 
 def _installed() -> bool:
@@ -267,7 +267,7 @@ def _installed() -> bool:
 
 def _package_file(name: str) -> Path:
     if not _installed():
-        raise ValueError(f"StaICC is not installed, whose data this needs: {_INSTALL}; or give files of your own")
+        raise ValueError(f"this needs the data of StaICC, which is not installed: {_INSTALL}; or give your own files")
     path = Path(str(metadata.distribution("StaICC").locate_file(f"StaICC/{name}")))
     if not path.is_file():
         raise ValueError(f"the installed StaICC has no {name}; this release reads version 0.1.1: {_INSTALL}")
@@ -276,7 +276,7 @@ def _package_file(name: str) -> Path:
 
 @lru_cache
 def _staicc_alternatives(name: str) -> tuple[tuple[str, ...], ...]:
-    """Instructions, text prefixes, label prefixes and separators that StaICC's loader of the task lists."""
+    """Return the instructions, text prefixes, label prefixes and separators that StaICC's loader of the task lists."""
     path = _package_file("util/hgf_dataset_loader.py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     loader = _FILES[name][1]

@@ -34,7 +34,7 @@ from abft.experiments.runs import EXPERIMENT, FORMAT_VERSION, Run, RunKey, check
 from abft.files import write_json
 from abft.models.loading import context_of, default_device, load_base, load_tokenizer, loading_arguments
 from abft.models.weights import from_pretrained
-from abft.prompts.builder import Prompt, sample_prompts
+from abft.prompts.builder import PromptSet, sample_prompts
 from abft.prompts.tasks import get_task
 from abft.provenance import provenance
 from abft.training.config import ABFTConfig
@@ -334,7 +334,7 @@ class Experiment:
             disable_tqdm=True, **{**shared, **(method.options or {})},
         )  # fmt: skip
 
-    def _training_prompts(self, key: RunKey) -> list[Prompt]:
+    def _training_prompts(self, key: RunKey) -> PromptSet:
         train = self.data[key.task].train
         queries = random.Random(key.seed).sample(train, key.num_prompts)
         return sample_prompts(self.suites[key.task].builder, queries, train, self.options.k, key.seed)

@@ -1,55 +1,132 @@
-"""In-context-learning prompts whose label positions are known by construction, and their batches."""
+"""In-context-learning prompts whose label positions are known by construction."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import overload
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from abft.prompts.collation import CORRECT_LABELS, NO_GROUP, WRONG_LABELS, Collator, padding_id
+from abft.prompts.collation import padding_id
 from abft.prompts.examples import Example
+from abft.prompts.targets import AttentionTarget
 from abft.prompts.tasks import Task
 
-# What to encode a piece behind, most neutral first: many tokenizers merge ":" with a newline, but no letter.
+__all__ = ["Prompt", "PromptBuilder", "PromptSet", "sample_prompts"]
+
+# Texts that a piece is encoded after, most neutral first: many tokenizers merge ":" with a newline, but no letter.
 _ANCHORS = ("a", ":", "1")
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Prompt(AttentionTarget):
     """A tokenized prompt: k demonstrations and a query that stops after its label prefix.
 
+    As an attention target, its row is the last token; its positive keys are the demonstration labels equal to the gold
+    label (there may be none), its negative keys the others.
+
     Args:
-        input_ids: token ids, with what the tokenizer puts in front (BOS), without what it appends (EOS).
+        input_ids: token ids, with those that the tokenizer puts first (BOS), without those it appends (EOS).
         label_positions: for each demonstration, the position of the first token of its label.
         demonstration_labels: for each demonstration, its class index.
         query_label: class index of the query's gold label.
+        label_id: first token of the gold label; None if it is not known.
+
+    Raises:
+        TypeError, ValueError: as :class:`abft.AttentionTarget`; different numbers of positions and labels.
     """
 
-    input_ids: tuple[int, ...]
-    label_positions: tuple[int, ...]
-    demonstration_labels: tuple[int, ...]
+    query_positions: tuple[int, ...] = field(init=False, repr=False)
+    positive: tuple[int, ...] = field(init=False, repr=False)
+    negative: tuple[int, ...] = field(init=False, repr=False)
+    label_id: int | None = field(default=None, kw_only=True)
+    label_positions: Sequence[int]
+    demonstration_labels: Sequence[int]
     query_label: int
 
+    _REQUIRED = ("input_ids", "query_positions")
+
+    def __post_init__(self) -> None:
+        by_label = list(zip(self.label_positions, self.demonstration_labels, strict=True))
+        derived = {
+            "label_positions": tuple(self.label_positions),
+            "demonstration_labels": tuple(self.demonstration_labels),
+            "query_positions": (len(self.input_ids) - 1,),
+            "positive": tuple(position for position, label in by_label if label == self.query_label),
+            "negative": tuple(position for position, label in by_label if label != self.query_label),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        super().__post_init__()
+
     @property
-    def length(self) -> int:
-        """Number of tokens."""
-        return len(self.input_ids)
+    def label(self) -> int:
+        """The label that a prediction is compared with: the class index ``query_label``."""
+        return self.query_label
+
+
+class PromptSet(Sequence[Prompt]):
+    """Prompts with the builder that made them, which knows their label tokens; a slice is such a set, too.
+
+    Args:
+        builder: the builder of the prompts.
+        prompts: any number of them.
+
+    Raises:
+        TypeError: something other than a prompt.
+    """
+
+    def __init__(self, builder: PromptBuilder, prompts: Iterable[Prompt]) -> None:
+        self.builder = builder
+        self.prompts = tuple(prompts)
+        for index, prompt in enumerate(self.prompts):
+            if not isinstance(prompt, Prompt):
+                raise TypeError(f"sample {index} is {type(prompt).__name__}, not a Prompt; pass targets as a list")
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> PromptSet: ...
+    def __getitem__(self, index: int | slice) -> Prompt | PromptSet:
+        return PromptSet(self.builder, self.prompts[index]) if isinstance(index, slice) else self.prompts[index]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __eq__(self, other: object) -> bool:
+        """Return True for a set of equal prompts that are scored on the same label tokens."""
+        if not isinstance(other, PromptSet):
+            return NotImplemented
+        return self.prompts == other.prompts and self.label_token_ids == other.label_token_ids
+
+    def __hash__(self) -> int:
+        return hash(self.prompts)
+
+    def __repr__(self) -> str:
+        return f"PromptSet of {len(self)} prompts of task {self.builder.task.name!r}"
+
+    @property
+    def label_token_ids(self) -> list[int]:
+        """For each class, the token that a model is scored on."""
+        return self.builder.label_token_ids
+
+    @property
+    def pad_token_id(self) -> int:
+        """The padding token of the prompts' tokenizer, or its EOS, or 0 if it has neither."""
+        return padding_id(self.builder.tokenizer)
 
 
 class PromptBuilder:
     """Lays out demonstrations and query by a task's template, and tokenizes them piece by piece.
 
-    A piece ends where a label begins or ends, so that label positions are known and nothing is searched for.
-    It is encoded as the tokenizer encodes it *inside* a text: behind an anchor whose own tokens are then
-    taken off, which is exact if they are a prefix of the whole, and is refused otherwise. So tokenizers that
-    put a space in front of every text (SentencePiece, Metaspace) need no case of their own, and a separator
-    that a tokenizer drops (a newline, in WordPiece) takes no token here either.
+    A piece ends where a label begins or ends, so that label positions are known and nothing is searched for. It is
+    encoded as the tokenizer encodes it *inside* a text: after an anchor whose own tokens are then removed. That is
+    exact if these tokens are a prefix of the whole, and is refused otherwise. So tokenizers that put a space before
+    every text (SentencePiece, Metaspace) need no special case, and a separator that a tokenizer drops (a newline, in
+    WordPiece) takes no token here either.
 
     Args:
         tokenizer: any tokenizer of transformers.
@@ -57,7 +134,7 @@ class PromptBuilder:
         max_length: refuse prompts of more tokens than this. Default: no limit.
 
     Attributes:
-        label_token_ids: for each class, the first token of its label, which is what a model is scored on.
+        label_token_ids: for each class, the first token of its label, on which a model is scored.
 
     Raises:
         ValueError: a label yields no token, starts with the unknown token, or starts with the same token as
@@ -77,7 +154,7 @@ class PromptBuilder:
         self.label_token_ids = self._first_label_tokens()
 
     def build(self, demonstrations: Sequence[Example], query: Example) -> Prompt:
-        """Builds one prompt; no demonstrations make it zero-shot.
+        """Build one prompt; without demonstrations it is zero-shot.
 
         Raises:
             ValueError: a label that is no class of the task, or a prompt longer than ``max_length``.
@@ -100,15 +177,24 @@ class PromptBuilder:
                 f"prompt of {len(ids)} tokens exceeds max_length={self.max_length}; "
                 f"use fewer demonstrations than {len(positions)}, drop long texts, or raise max_length"
             )
-        return Prompt(tuple(ids), tuple(positions), tuple(d.label for d in demonstrations), query.label)
+        labels = [demonstration.label for demonstration in demonstrations]
+        return Prompt(ids, positions, labels, query.label, label_id=self.label_token_ids[query.label])
+
+    def build_set(self, pairs: Iterable[tuple[Sequence[Example], Example]]) -> PromptSet:
+        """Build the set of prompts of these pairs of demonstrations and query.
+
+        Raises:
+            ValueError: as :meth:`build`.
+        """
+        return PromptSet(self, [self.build(demonstrations, query) for demonstrations, query in pairs])
 
     def text(self, demonstrations: Sequence[Example], query: Example) -> str:
-        """The prompt as text, which :meth:`build` tokenizes piece by piece."""
+        """Return the prompt as text, which :meth:`build` tokenizes piece by piece."""
         template, labels = self.task.template, self.task.labels
         pieces = [template.instruction]
         for example in demonstrations:
-            pieces += [template.text_segment(example.text), template.label_prefix_segment,
-                       template.label_segment(labels[example.label]), template.separator]  # fmt: skip
+            pieces += [template.text_segment(example.text), template.label_prefix_segment]
+            pieces += [template.label_segment(labels[example.label]), template.separator]
         return "".join([*pieces, template.text_segment(query.text), template.label_prefix_segment])
 
     def _ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -138,7 +224,7 @@ class PromptBuilder:
             if ids[: len(head)] == head:
                 return ids[len(head) :]
         raise ValueError(
-            f"{type(self.tokenizer).__name__} merges the start of {piece!r} with whatever precedes it, "
+            f"{type(self.tokenizer).__name__} merges the start of {piece!r} with the text before it, "
             "so that no token begins there; change the template's prefixes or separator"
         )
 
@@ -167,37 +253,38 @@ def sample_prompts(
     seed: int,
     *,
     unseen_label: bool = False,
-) -> list[Prompt]:
-    """Builds one prompt for every query, with demonstrations drawn from the pool without replacement.
+) -> PromptSet:
+    """Build one prompt for every query, with demonstrations drawn from the pool without replacement.
 
-    An example with the query's text is never its demonstration. By default the draw ignores labels: a prompt
-    in which no demonstration carries the gold label is legal in ABFT, where its loss has the wrong-label term
-    alone.
+    An example with the query's text is never its demonstration. By default the draw ignores labels: a prompt in which
+    no demonstration carries the gold label is legal in ABFT, where its loss has the wrong-label term alone.
 
     Args:
-        builder: of the prompts.
+        builder: builder of the prompts.
         queries: one prompt each, in this order.
         pool: examples to draw from; queries may be among them.
         k: demonstrations per prompt, 0 or more.
-        seed: of the one ``random.Random`` that serves all queries in turn.
-        unseen_label: draw only demonstrations of classes other than the query's (StaICC's unseen-label
-            prompts).
+        seed: seed of one ``random.Random`` for all queries in turn.
+        unseen_label: draw only demonstrations of classes other than the query's (StaICC's unseen-label prompts).
 
     Raises:
-        ValueError: ``k`` is negative, or exceeds what the pool holds for some query.
+        ValueError: ``k`` is negative, or the pool holds fewer demonstrations for some query.
     """
     if k < 0:
         raise ValueError(f"k must be 0 or more, got {k}")
-    rng = random.Random(seed)
+    return builder.build_set(_pairs(queries, pool, k, random.Random(seed), unseen_label))
+
+
+def _pairs(
+    queries: Sequence[Example], pool: Sequence[Example], k: int, rng: random.Random, unseen_label: bool
+) -> Iterator[tuple[list[Example], Example]]:
     candidates = {
         label: [e for e in pool if e.label != label] if unseen_label else pool for label in {q.label for q in queries}
     }
     copies = Counter(example.text for example in pool)
-    prompts = []
     for query in queries:
         source = candidates[query.label]
-        # Drawing as many more as the pool has copies of the query leaves k after they are struck out, still
-        # uniformly.
+        # As many more are drawn as the pool has copies of the query: k are left without these, still uniformly.
         drawn = rng.sample(source, min(k + copies[query.text], len(source)))
         demonstrations = [example for example in drawn if example.text != query.text][:k]
         if len(demonstrations) < k:
@@ -205,84 +292,4 @@ def sample_prompts(
                 f"k={k}, but the pool of {len(pool)} offers {len(demonstrations)} demonstrations for {query} "
                 f"(unseen_label={unseen_label}); lower k or supply a larger pool"
             )
-        prompts.append(builder.build(demonstrations, query))
-    return prompts
-
-
-class PromptCollator(Collator[Prompt]):
-    """Makes a padded batch out of prompts; fit to be the ``collate_fn`` of a ``DataLoader``.
-
-    Padding takes the tokenizer's padding token, or its EOS, or id 0 where it has neither: no token attends to
-    it.
-
-    Args:
-        builder: the one that built the prompts; its tokenizer and label tokens are used.
-        padding_side: where the padding goes.
-        packing: prompts one behind the other in a batch of one, without padding.
-        tokens_per_batch: with packing, most tokens of a packed batch; more become several ``parts``.
-
-    Raises:
-        ValueError: ``padding_side`` is neither "right" nor "left".
-    """
-
-    noun = "prompt"
-
-    def __init__(
-        self,
-        builder: PromptBuilder,
-        *,
-        padding_side: Literal["right", "left"] = "right",
-        packing: bool = False,
-        tokens_per_batch: int | None = None,
-    ) -> None:
-        super().__init__(padding_id(builder.tokenizer), padding_side, packing, tokens_per_batch)
-        self._label_token_ids = torch.tensor(builder.label_token_ids)
-
-    def __call__(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Collates B prompts; N is the length of the longest, or with packing the sum of the lengths.
-
-        Returns:
-            A dictionary of tensors on the CPU, int64 where no other dtype is named:
-
-            - ``input_ids`` (B, N): padded token ids.
-            - ``position_ids`` (B, N): 0, 1, … over a prompt's own tokens; 0 at padding.
-            - ``key_groups`` (B, N) int8: ``CORRECT_LABELS`` (0) and ``WRONG_LABELS`` (1) at the first tokens
-              of the demonstrations' labels, ``NO_GROUP`` (-1) elsewhere.
-            - ``query_positions`` (B, 1): column of the last token.
-            - ``seq_lens`` (B,) int32: tokens of each prompt; with padding on the left also ``seq_starts`` (B,) int32,
-              the column of its first token.
-            - ``prompt_lengths`` (B,): number of tokens, padding excluded.
-            - ``demonstrations`` (B,): number of demonstrations, k.
-            - ``correct_demonstrations`` (B,): number of those with the gold label, the size of I⁺.
-            - ``labels`` (B,): class index of the gold label.
-            - ``label_ids`` (B,): first token of the gold label.
-
-            With packing the first three are (1, N), ``query_positions`` counts over all of them, and ``cu_seqlens``
-            (B + 1,) int32 holds the bounds, in place of ``seq_lens``. If the prompts exceed ``tokens_per_batch``, the
-            only entry is ``parts``: a list of such dictionaries, each within the budget.
-
-        Raises:
-            ValueError: there are no prompts, or one is longer than ``tokens_per_batch``.
-        """
-        return super().__call__(prompts)
-
-    def _key_groups(self, sample: Prompt) -> Tensor:
-        groups = torch.full((sample.length,), NO_GROUP, dtype=torch.int8)
-        correct = torch.tensor(sample.demonstration_labels, dtype=torch.long) == sample.query_label
-        labels = torch.where(correct, CORRECT_LABELS, WRONG_LABELS).to(torch.int8)
-        groups[torch.tensor(sample.label_positions, dtype=torch.long)] = labels
-        return groups
-
-    def _rows(self, samples: Sequence[Prompt]) -> Tensor:
-        return torch.tensor([[prompt.length - 1] for prompt in samples])
-
-    def _counts(self, samples: Sequence[Prompt]) -> dict[str, Tensor]:
-        labels = torch.tensor([prompt.query_label for prompt in samples])
-        correct = [sum(label == prompt.query_label for label in prompt.demonstration_labels) for prompt in samples]
-        return {
-            "prompt_lengths": torch.tensor([prompt.length for prompt in samples]),
-            "demonstrations": torch.tensor([len(prompt.label_positions) for prompt in samples]),
-            "correct_demonstrations": torch.tensor(correct),
-            "labels": labels,
-            "label_ids": self._label_token_ids[labels],
-        }
+        yield demonstrations, query

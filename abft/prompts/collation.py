@@ -1,23 +1,34 @@
-"""Batches of token sequences with key groups and the rows whose masses are wanted, padded or packed."""
+"""Batches of samples: token ids, key groups, the rows whose masses are wanted and their counts, padded or packed."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["CORRECT_LABELS", "MASS_INPUTS", "MODEL_INPUTS", "NO_GROUP", "WRONG_LABELS", "Collator", "padding_id"]
+from abft.prompts.targets import AttentionTarget
+
+__all__ = [
+    "CORRECT_LABELS",
+    "MASS_INPUTS",
+    "MODEL_INPUTS",
+    "NO_GROUP",
+    "NO_LABEL",
+    "WRONG_LABELS",
+    "Collator",
+    "padding_id",
+]
 
 CORRECT_LABELS = 0
-"""Key group of I⁺: demonstration labels equal to the query's gold label, or keys that a target wants looked at."""
+"""Key group of I⁺, the positive keys: of a prompt, the demonstration labels equal to the query's gold label."""
 WRONG_LABELS = 1
-"""Key group of I⁻: the other demonstration labels, or keys that a target wants not looked at."""
+"""Key group of I⁻, the negative keys: of a prompt, the other demonstration labels."""
 NO_GROUP = -1
 """Key group of every other token."""
-
+NO_LABEL = -100
+"""Label of a sample without one, which cross-entropy ignores."""
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "seq_lens", "seq_starts", "cu_seqlens")
 """Entries of a batch that a pass through the model takes, those that the batch has."""
@@ -25,49 +36,42 @@ MASS_INPUTS = (*MODEL_INPUTS, "key_groups", "query_positions")
 """Entries of a batch that a pass for masses takes."""
 
 
-class Sample(Protocol):
-    """A token sequence."""
+def padding_id(*sources: Any) -> int:
+    """Return the padding token of the first source that has one, or its EOS; 0 if no source has either.
 
-    @property
-    def input_ids(self) -> Sequence[int]: ...
+    No token attends to padding, so its value does not matter.
 
-    @property
-    def length(self) -> int:
-        """How many of the tokens, from the first, go into a batch."""
-
-
-_Sample = TypeVar("_Sample", bound=Sample)
-
-
-def padding_id(source: Any) -> int:
-    """The padding token of a tokenizer or a model's config, or its EOS, or 0 where it has neither.
-
-    No token attends to padding, so which one it is does not matter.
+    Args:
+        sources: sets of prompts, tokenizers, or configurations of models.
     """
-    for name in ("pad_token_id", "eos_token_id"):
-        token = getattr(source, name, None)
-        if token is not None:
-            return token[0] if isinstance(token, list) else token
+    for source in sources:
+        for name in ("pad_token_id", "eos_token_id"):
+            token = getattr(source, name, None)
+            if token is not None:
+                return token[0] if isinstance(token, list) else token
     return 0
 
 
-class Collator(ABC, Generic[_Sample]):
-    """Makes a batch out of samples; what a sample's key groups, rows and counts are is for its heirs to say.
+class Collator:
+    """Makes a batch out of prompts or other attention targets; fit to be the ``collate_fn`` of a ``DataLoader``.
 
     Args:
-        pad_token_id: what padding is filled with.
-        padding_side: where the padding goes.
-        packing: samples one behind the other in a batch of one, without padding.
+        pad_token_id: token that fills padding; no token attends to it.
+        padding_side: side of the padding; with "left" all last query positions are in the last column.
+        packing: concatenate the samples along the sequence dimension (batch size 1), without padding.
         tokens_per_batch: with packing, most tokens of a packed batch; more become several ``parts``.
 
     Raises:
         ValueError: ``padding_side`` is neither "right" nor "left".
     """
 
-    noun = "sample"
-
     def __init__(
-        self, pad_token_id: int, padding_side: Literal["right", "left"], packing: bool, tokens_per_batch: int | None
+        self,
+        pad_token_id: int = 0,
+        *,
+        padding_side: Literal["right", "left"] = "right",
+        packing: bool = False,
+        tokens_per_batch: int | None = None,
     ) -> None:
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
@@ -75,27 +79,44 @@ class Collator(ABC, Generic[_Sample]):
         self.padding_side = padding_side
         self.packing, self.tokens_per_batch = packing, tokens_per_batch
 
-    @abstractmethod
-    def _key_groups(self, sample: _Sample) -> Tensor:
-        """Group of each of a sample's tokens, int8 (length,)."""
+    def __call__(self, samples: Sequence[AttentionTarget]) -> dict[str, Any]:
+        """Collate B samples of up to R rows each.
 
-    @abstractmethod
-    def _rows(self, samples: Sequence[_Sample]) -> Tensor:
-        """The rows whose masses are wanted, as positions in their own samples, int64 (B, R)."""
+        N is the length of the longest sample, or with packing the sum of the lengths. A prompt has one row, its last
+        token; its positive and negative keys are the first tokens of its demonstrations' labels, correct and wrong.
 
-    @abstractmethod
-    def _counts(self, samples: Sequence[_Sample]) -> dict[str, Tensor]:
-        """The other entries of a batch, which its layout does not bear on."""
+        Returns:
+            A dictionary of tensors on the CPU, int64 unless another dtype is named:
 
-    def __call__(self, samples: Sequence[_Sample]) -> dict[str, Any]:
+            - ``input_ids`` (B, N): padded token ids.
+            - ``attention_mask`` (B, N): 1 at tokens, 0 at padding.
+            - ``position_ids`` (B, N): 0, 1, … over a sample's own tokens; 0 at padding.
+            - ``key_groups`` (B, N) int8: ``CORRECT_LABELS`` (0) at positive keys, ``WRONG_LABELS`` (1) at negative
+              ones, ``NO_GROUP`` (-1) elsewhere.
+            - ``query_positions`` (B, R): columns of the rows; a sample with fewer rows repeats its last one.
+            - ``row_weights`` (B, R) float32: weight of a row in its sample's loss, 1 / rows; 0 for a repeated row.
+            - ``prompt_lengths`` (B, R): number of tokens that the row sees; for a prompt, its length.
+            - ``demonstrations`` (B, R): number of target keys that the row sees; for a prompt, k.
+            - ``correct_demonstrations`` (B, R): number of positive keys, the size of I⁺.
+            - ``labels`` (B,): for a prompt, the class index of the gold label; for other targets, ``label_ids``.
+            - ``label_ids`` (B,): the token that should follow; for a prompt, the first token of the gold label.
+              ``NO_LABEL`` (-100) if the sample has none.
+
+            With packing the first four but ``attention_mask`` are (1, N), ``query_positions`` counts over all of
+            them, and ``cu_seqlens`` (B + 1,) int32 holds the bounds. If the samples exceed ``tokens_per_batch``, the
+            only entry is ``parts``: a list of such dictionaries, each within the budget.
+
+        Raises:
+            ValueError: there are no samples, or one is longer than ``tokens_per_batch``.
+        """
         if not samples:
-            raise ValueError(f"cannot collate an empty list of {self.noun}s")
+            raise ValueError("cannot collate an empty list of samples; pass one or more")
         if not self.packing:
-            return {**self._padded(samples), **self._counts(samples)}
-        parts = [{**self._packed(part), **self._counts(part)} for part in self._within_budget(samples)]
+            return {**self._padded(samples), **_counts(samples)}
+        parts = [{**self._packed(part), **_counts(part)} for part in self._within_budget(samples)]
         return parts[0] if len(parts) == 1 else {"parts": parts}
 
-    def _padded(self, samples: Sequence[_Sample]) -> dict[str, Tensor]:
+    def _padded(self, samples: Sequence[AttentionTarget]) -> dict[str, Tensor]:
         lengths = torch.tensor([sample.length for sample in samples])
         shape = (len(samples), int(lengths.max()))
         starts = shape[1] - lengths if self.padding_side == "left" else torch.zeros_like(lengths)
@@ -105,37 +126,37 @@ class Collator(ABC, Generic[_Sample]):
         input_ids = torch.full(shape, self.pad_token_id)
         input_ids[mask] = torch.tensor(_tokens(samples))
         key_groups = torch.full(shape, NO_GROUP, dtype=torch.int8)
-        key_groups[mask] = torch.cat([self._key_groups(sample) for sample in samples])
+        key_groups[mask] = torch.cat([_key_groups(sample) for sample in samples])
         return {
             "input_ids": input_ids,
             "position_ids": offsets.where(mask, 0),
             "seq_lens": lengths.to(torch.int32),
             **({"seq_starts": starts.to(torch.int32)} if self.padding_side == "left" else {}),
             "key_groups": key_groups,
-            "query_positions": starts[:, None] + self._rows(samples),
+            "query_positions": starts[:, None] + _rows(samples),
         }
 
-    def _packed(self, samples: Sequence[_Sample]) -> dict[str, Tensor]:
+    def _packed(self, samples: Sequence[AttentionTarget]) -> dict[str, Tensor]:
         lengths = torch.tensor([sample.length for sample in samples])
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         return {
             "input_ids": torch.tensor([_tokens(samples)]),
             "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
-            "key_groups": torch.cat([self._key_groups(sample) for sample in samples])[None],
-            "query_positions": bounds[:-1, None] + self._rows(samples),
+            "key_groups": torch.cat([_key_groups(sample) for sample in samples])[None],
+            "query_positions": bounds[:-1, None] + _rows(samples),
             "cu_seqlens": bounds.to(torch.int32),
         }
 
-    def _within_budget(self, samples: Sequence[_Sample]) -> list[list[_Sample]]:
-        """The samples in as few parts within the budget as first-fit-decreasing finds."""
+    def _within_budget(self, samples: Sequence[AttentionTarget]) -> list[list[AttentionTarget]]:
+        """Divide the samples into few parts within the budget, by first-fit decreasing."""
         tokens = self.tokens_per_batch
         if tokens is None:
             return [list(samples)]
-        parts: list[list[_Sample]] = []
+        parts: list[list[AttentionTarget]] = []
         room: list[int] = []
         for sample in sorted(samples, key=lambda sample: sample.length, reverse=True):
             if sample.length > tokens:
-                raise ValueError(f"a {self.noun} of {sample.length} tokens is over tokens_per_batch={tokens}; raise it")
+                raise ValueError(f"a sample of {sample.length} tokens is over tokens_per_batch={tokens}; raise it")
             place = next((i for i, left in enumerate(room) if left >= sample.length), None)
             if place is None:
                 parts.append([])
@@ -146,5 +167,40 @@ class Collator(ABC, Generic[_Sample]):
         return parts
 
 
-def _tokens(samples: Sequence[Sample]) -> list[int]:
+def _tokens(samples: Sequence[AttentionTarget]) -> list[int]:
     return [token for sample in samples for token in sample.input_ids[: sample.length]]
+
+
+def _key_groups(sample: AttentionTarget) -> Tensor:
+    """Return the group of each of a sample's tokens, int8 (length,)."""
+    groups = torch.full((sample.length,), WRONG_LABELS if sample.negative is None else NO_GROUP, dtype=torch.int8)
+    groups[list(sample.negative or ())] = WRONG_LABELS
+    groups[list(sample.positive)] = CORRECT_LABELS
+    return groups
+
+
+def _rows(samples: Sequence[AttentionTarget]) -> Tensor:
+    """Return the rows as positions in their own samples, (B, R)."""
+    most = max(len(sample.query_positions) for sample in samples)
+    own = [list(sample.query_positions) for sample in samples]
+    return torch.tensor([rows + rows[-1:] * (most - len(rows)) for rows in own])
+
+
+def _counts(samples: Sequence[AttentionTarget]) -> dict[str, Tensor]:
+    """Return the entries of a batch that padding and packing do not change."""
+    rows = _rows(samples)
+    own = torch.tensor([[len(sample.query_positions)] for sample in samples])
+    positive = torch.tensor([[len(sample.positive)] for sample in samples]).expand_as(rows)
+    given = torch.tensor([[-1 if s.negative is None else len(s.positive) + len(s.negative)] for s in samples])
+    return {
+        "prompt_lengths": rows + 1,
+        "demonstrations": torch.where(given < 0, rows + 1, given),
+        "correct_demonstrations": positive,
+        "row_weights": (torch.arange(rows.shape[1]) < own) / own,
+        "labels": _labels(sample.label for sample in samples),
+        "label_ids": _labels(sample.label_id for sample in samples),
+    }
+
+
+def _labels(labels: Iterable[int | None]) -> Tensor:
+    return torch.tensor([NO_LABEL if label is None else label for label in labels])

@@ -34,11 +34,11 @@ def load_examples(
     text_column: str = "text",
     label_column: str = "label",
 ) -> tuple[list[Example], tuple[str, ...]]:
-    """Reads labelled examples, in the order of the source.
+    """Read labelled examples, in the order of the source.
 
     A label is a label word or a class index. A string is looked up among the words first and read as an index
     second, an integer is always an index. The class indices of a ``ClassLabel`` feature stand for its names
-    where all of these are among ``labels``, and are taken as they are otherwise.
+    if all of these are among ``labels``, and are used unchanged otherwise.
 
     Args:
         source: path of a ``.jsonl``, ``.ndjson`` or ``.csv`` file (UTF-8; CSV with a header line), or a
@@ -96,19 +96,19 @@ def load_examples(
 
 
 def split_examples(examples: Sequence[_T], sizes: Mapping[str, int], seed: int) -> dict[str, list[_T]]:
-    """Draws disjoint random splits.
+    """Draw disjoint random splits.
 
-    All splits are cut, in the order of ``sizes``, from one ``random.Random(seed).sample``, whose draws are
-    the same on every platform and in every supported version of Python. Each example is used at most once; an
-    example that occurs twice in ``examples`` counts as two.
+    All splits come, in the order of ``sizes``, from one ``random.Random(seed).sample``, whose draws are the same on
+    every platform and in every supported version of Python. Each example is used at most once; an example that occurs
+    twice in ``examples`` counts as two.
 
     Args:
-        examples: what to split.
+        examples: the examples to split.
         sizes: number of examples by the name of the split.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
-        ValueError: a negative size, or sizes that sum to more than there are examples.
+        ValueError: a negative size, or sizes that sum to more than the number of examples.
     """
     negative = {name: size for name, size in sizes.items() if size < 0}
     if negative:

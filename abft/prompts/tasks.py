@@ -1,4 +1,4 @@
-"""Classification tasks: the label words, and the template that lays a demonstration out as text."""
+"""Classification tasks: label words, and the template that writes a demonstration as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Template:
-    r"""How a demonstration is written, in the segments that StaICC's prompts are made of.
+    r"""The segments of a demonstration, as in StaICC's prompts.
 
     A demonstration is ``text``, ``label_prefix``, ``label`` and ``separator``; the query stops after its
     label prefix, so that the space before a label belongs to the label. With the defaults and two texts::
@@ -15,14 +15,13 @@ class Template:
         sentence: great movie sentiment: positive\nsentence: dull sentiment:
 
     Args:
-        text_prefix: stands before the text, with a space between; may be empty.
-        label_prefix: stands before the label, and is the last thing in a prompt.
-        separator: follows each demonstration.
-        instruction: opens the prompt, with the white space that follows it.
+        text_prefix: before the text, with a space between; may be empty.
+        label_prefix: before the label; it ends the prompt.
+        separator: after each demonstration.
+        instruction: the start of the prompt, with the white space after it.
 
     Raises:
-        ValueError: the label prefix is blank (the query would not end in a token of its own), or ends in
-            white space.
+        ValueError: the label prefix is blank (the query's text would end the prompt), or ends in white space.
     """
 
     text_prefix: str = "sentence:"
@@ -38,7 +37,7 @@ class Template:
             )
 
     def text_segment(self, text: str) -> str:
-        """The segment that opens a demonstration or the query."""
+        """Return the first segment of a demonstration or the query."""
         return f"{self.text_prefix} {text}" if self.text_prefix else text
 
     @property
@@ -47,7 +46,7 @@ class Template:
         return f" {self.label_prefix}"
 
     def label_segment(self, label: str) -> str:
-        """The segment of one label word."""
+        """Return the segment of one label word."""
         return f" {label}"
 
 
@@ -59,7 +58,7 @@ class Task:
         name: shown in reports.
         labels: the label words, in class order: ``labels[i]`` is the word of class ``i``.
         template: the prompt layout.
-        index: the task's number in StaICC, None for a task of one's own.
+        index: the task's number in StaICC, None for other tasks.
 
     Raises:
         ValueError: fewer than two labels, a blank one, one with white space around it, or one given twice.
@@ -102,10 +101,10 @@ TASKS: tuple[Task, ...] = (
 
 
 def get_task(name_or_index: str | int) -> Task:
-    """The built-in task of that name (upper or lower case) or StaICC index.
+    """Return the built-in task of that name (upper or lower case) or StaICC index.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is no such task; the message lists the known ones.
     """
     for task in TASKS:
         if name_or_index == task.index or (

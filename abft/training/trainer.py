@@ -1,10 +1,10 @@
 """ABFT and its E2E baseline as a `transformers.Trainer`: logging, resume, callbacks and distributed launch are its.
 
-    trainer = ABFTTrainer(model, ABFTConfig(output_dir="run"), prompts, builder)
+    trainer = ABFTTrainer(model, ABFTConfig(output_dir="run"), prompts)
     trainer.train()
     trainer.save_model()
 
-In the place of prompts and their builder it takes attention targets (`abft.prompts.targets`).
+It takes prompts or other attention targets (`abft.prompts.targets`).
 
 Source: arXiv 2505.14233, sections 3 and 4 for the loss and the defaults.
 """
@@ -26,21 +26,20 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from abft.evaluation.classification import Evaluation, evaluate
-from abft.evaluation.retrieval import TargetEvaluation, evaluate_targets
+from abft.evaluation.classification import evaluate
 from abft.losses import ABFTLoss, HeadCountController, abft_loss
 from abft.models.attention import enable
 from abft.models.masses import forward, layer_masses
 from abft.models.projections import TrainedParameter, lora_qk, train_qk
 from abft.models.weights import load_trained, read_config, save_trained, whole_state_dict
-from abft.prompts.builder import Prompt, PromptBuilder, PromptCollator
-from abft.prompts.collation import MASS_INPUTS, MODEL_INPUTS, padding_id
-from abft.prompts.targets import AttentionTarget, TargetCollator
+from abft.prompts.builder import PromptBuilder, PromptSet
+from abft.prompts.collation import MASS_INPUTS, MODEL_INPUTS, Collator, padding_id
+from abft.prompts.targets import AttentionTarget
 from abft.training.config import ABFTConfig
 
 __all__ = ["ABFTConfig", "ABFTTrainer", "last_complete_checkpoint"]
 
-_Samples: TypeAlias = Sequence[Prompt] | Sequence[AttentionTarget]
+_Samples: TypeAlias = Sequence[AttentionTarget]
 
 
 class HeadCountState(TrainerCallback, ExportableState):
@@ -74,13 +73,13 @@ class ABFTTrainer(Trainer):
         model: a causal decoder of transformers; switched to the `"abft"` attention, its other parameters frozen (and
             wrapped by PEFT if `args.lora`: use `trainer.model` afterwards).
         args: options.
-        train_dataset: prompts, or attention targets (:class:`abft.AttentionTarget`).
-        builder: the prompts' builder; None for targets.
+        train_dataset: prompts or other attention targets (:class:`abft.AttentionTarget`).
+        builder: not needed: a set of prompts knows its builder.
         eval_dataset: what :meth:`evaluate` reports on, prompts or targets as above.
         kwargs: handed to `transformers.Trainer` (callbacks, optimizers, …).
 
     Raises:
-        TypeError: prompts without their builder, or targets with one.
+        TypeError: a builder with samples that are not prompts.
         ValueError: no prompts; targets without `label_id` for `method="e2e"`; weight decay on a fused projection, which
             would move v.
         NotImplementedError: a model that cannot take the attention (see :func:`abft.models.attention.enable`).
@@ -99,8 +98,10 @@ class ABFTTrainer(Trainer):
     ) -> None:
         if not len(train_dataset):
             raise ValueError("train_dataset is empty; pass the prompts to train on")
-        _check_kind(train_dataset, builder, args.method)
-        _check_kind(eval_dataset or [], builder)
+        if builder is not None:
+            train_dataset = PromptSet(builder, train_dataset)  # type: ignore[arg-type]
+            eval_dataset = eval_dataset and PromptSet(builder, eval_dataset)  # type: ignore[arg-type]
+        _check_labels(train_dataset, args.method)
         _check_lengths(model, args, train_dataset)
         enable(model)
         self.trained: list[TrainedParameter] = []
@@ -119,19 +120,16 @@ class ABFTTrainer(Trainer):
                     "away. Load the model with dtype=torch.float32 and set bf16=True for speed, or use lora=True",
                     stacklevel=2,
                 )
-        self.builder = builder
         self.controller = HeadCountController(
             args.wrong_penalty, args.adaption, args.pid_proportional, args.pid_integral, args.pid_derivative
         )
         self._step_sums: dict[str, Tensor] = {}
         self._step_logs: dict[str, float] = {}
         self._warned_collapse = False
-        layout: dict[str, Any] = {"packing": args.packing, "tokens_per_batch": args.tokens_per_batch}
-        collator = (
-            TargetCollator(padding_id(model.config.get_text_config()), **layout)
-            if builder is None
-            else PromptCollator(builder, **layout)
-        )
+        collator = Collator(
+            padding_id(train_dataset, model.config.get_text_config()), packing=args.packing,
+            tokens_per_batch=args.tokens_per_batch,
+        )  # fmt: skip
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=collator,
             **kwargs,
@@ -333,16 +331,9 @@ class ABFTTrainer(Trainer):
         samples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if samples is None:
             raise ValueError("no eval_dataset: pass the prompts to evaluate on")
-        _check_kind(samples, self.builder)
         model: Any = self.model
-        shared: dict[str, Any] = {
-            "batch_size": self.args.per_device_eval_batch_size, "progress": not self.args.disable_tqdm
-        }  # fmt: skip
-        result: Evaluation | TargetEvaluation
-        if self.builder is None:
-            result = evaluate_targets(model, samples, **shared)
-        else:
-            result = evaluate(model, samples, self.builder, **shared)
+        batch_size, progress = self.args.per_device_eval_batch_size, not self.args.disable_tqdm
+        result = evaluate(model, samples, batch_size=batch_size, progress=progress)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.to_dict().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -395,15 +386,12 @@ def _out_of_memory(error: BaseException, inputs: dict[str, Tensor], args: ABFTCo
     )
 
 
-def _check_kind(samples: _Samples, builder: PromptBuilder | None, method: str = "abft") -> None:
-    """Prompts come with a builder and targets without; those that are trained end to end have a token to train."""
-    for index, sample in enumerate(samples):
-        if isinstance(sample, AttentionTarget) != (builder is None):
-            raise TypeError(
-                f"sample {index} is {type(sample).__name__}: prompts need their builder, and targets take builder=None"
-            )
-        if method == "e2e" and isinstance(sample, AttentionTarget) and sample.label_id is None:
-            raise ValueError(f"target {index} has no label_id, the token that method='e2e' trains; give it one")
+def _check_labels(samples: _Samples, method: str) -> None:
+    """Raise ValueError if a sample to be trained end to end does not say which token should follow."""
+    if method == "e2e":
+        for index, sample in enumerate(samples):
+            if sample.label_id is None:
+                raise ValueError(f"target {index} has no label_id, the token that method='e2e' trains; give it one")
 
 
 def _check_lengths(model: PreTrainedModel, args: ABFTConfig, prompts: _Samples) -> None:

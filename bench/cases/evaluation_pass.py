@@ -83,7 +83,7 @@ def run(out: Path, limit: int | None = None) -> Path:
     ready = [
         {key: batch[key] for key in names}
         for suite in suites
-        for _, batch in length_sorted_batches(suite.normal, suite.builder, BATCH, "", False)
+        for _, batch in length_sorted_batches(suite.normal, abft.Collator(suite.normal.pad_token_id), BATCH, "", False)
     ]
 
     def bare() -> None:

@@ -44,10 +44,10 @@ def main() -> None:
     config = abft.ABFTConfig(
         output_dir=str(options.output), learning_rate=options.learning_rate, use_cpu=options.cpu, packing=True
     )
-    trainer = abft.ABFTTrainer(model, config, train, builder)
-    before = abft.evaluate(model, test, builder), abft.head_statistics(model, test, builder)
+    trainer = abft.ABFTTrainer(model, config, train)
+    before = abft.evaluate(model, test), abft.head_statistics(model, test)
     trainer.train()
-    after = abft.evaluate(model, test, builder), abft.head_statistics(model, test, builder)
+    after = abft.evaluate(model, test), abft.head_statistics(model, test)
     trainer.save_model()
     save_figure(head_figure(before[1], after[1], ("before", "after")), options.output / "heads.png")
     print(f"accuracy {before[0].accuracy:.1%} → {after[0].accuracy:.1%}; weights and heads.png in {options.output}")

@@ -117,7 +117,7 @@ def run_seed(seed: int, options: argparse.Namespace, lengths: list[int]) -> dict
         ("vanilla", None, 0.0), ("E2E", "e2e", options.e2e_learning_rate), ("targets", "abft", options.learning_rate),
     ):  # fmt: skip
         tuned = model if method is None else fine_tune(model, training, method, rate, seed)
-        results[name] = {records: abft.evaluate_targets(tuned, test, progress=False) for records, test in tests.items()}
+        results[name] = {records: abft.evaluate(tuned, test, progress=False) for records, test in tests.items()}
         shown = (
             f"{records} records {result.accuracy:.1%} (mass on the evidence {result.positive_mass.max():.2f})"
             for records, result in results[name].items()

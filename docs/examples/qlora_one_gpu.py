@@ -57,7 +57,7 @@ def main() -> None:
         output_dir=options.output, lora=True, restricted_gradient=True, packing=True, use_cpu=not gpu,
         tokens_per_batch=options.tokens_per_batch, per_device_train_batch_size=32,
     )  # fmt: skip
-    trainer = abft.ABFTTrainer(model, config, prompts, builder)
+    trainer = abft.ABFTTrainer(model, config, prompts)
     trainer.train()
     trainer.save_model()
     print(f"adapter in {options.output}; `abft merge` puts it into a 16-bit base")

@@ -55,7 +55,7 @@ def main() -> None:
     )  # fmt: skip
     split = {"tp_plan": "auto"} if options.engine == "tensor" else {}
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32", **split)
-    trainer = abft.ABFTTrainer(model, config, prompts, builder)
+    trainer = abft.ABFTTrainer(model, config, prompts)
     trainer.train()
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from abft.evaluation.classification import Evaluation, evaluate, label_logits
-from abft.prompts.builder import PromptBuilder, PromptCollator, sample_prompts
+from abft.prompts.builder import PromptBuilder, PromptSet, sample_prompts
+from abft.prompts.collation import Collator
 from abft.prompts.examples import Example
 from abft.prompts.tasks import Task
 
@@ -109,14 +110,14 @@ def test_label_logits_equal_the_models_own_unpadded(name, side, builder, prompts
     expected = reference(model, prompts, builder.label_token_ids)
     assert len({p.length for p in prompts}) > 1
     assert expected.std() > 0.01
-    batch = PromptCollator(builder, padding_side=side)(prompts)
+    batch = Collator(padding_side=side)(prompts)
     found = label_logits(model, batch, builder.label_token_ids)
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_bf16_model_gives_logits_that_are_not_rounded_to_bf16(builder, prompts):
     model = make_model(CONFIGS["llama"]).to(torch.bfloat16)
-    found = label_logits(model, PromptCollator(builder)(prompts), builder.label_token_ids)
+    found = label_logits(model, Collator()(prompts), builder.label_token_ids)
     assert found.dtype == torch.float32
     assert (found != found.bfloat16().float()).any()
     expected = reference(model, prompts, builder.label_token_ids).float()
@@ -125,7 +126,7 @@ def test_bf16_model_gives_logits_that_are_not_rounded_to_bf16(builder, prompts):
 
 def test_peft_model_is_unwrapped_with_its_adapter(builder, prompts):
     model = get_peft_model(make_model(CONFIGS["llama"]), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    batch = PromptCollator(builder)(prompts)
+    batch = Collator()(prompts)
     found = label_logits(model, batch, builder.label_token_ids)
     torch.testing.assert_close(found, reference(model, prompts, builder.label_token_ids), rtol=2e-5, atol=2e-5)
     with model.disable_adapter():
@@ -139,7 +140,7 @@ def tiny_bert():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (tiny_bert, r"BertLMHeadModel is not made of one decoder and an LM head, but of bert, cls"),
+        (tiny_bert, r"BertLMHeadModel does not consist of one decoder and an LM head, but of bert, cls"),
         (lambda: LlamaModel(CONFIGS["llama"]), r"LM head of LlamaModel is NoneType, not a plain nn\.Linear"),
         (
             lambda: get_peft_model(
@@ -162,14 +163,14 @@ def tiny_bert():
 )
 def test_models_that_would_be_scored_wrongly_are_refused(make, message, builder, prompts):
     with pytest.raises(NotImplementedError, match=message):
-        label_logits(make().eval(), PromptCollator(builder)(prompts), builder.label_token_ids)
+        label_logits(make().eval(), Collator()(prompts), builder.label_token_ids)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_evaluate_keeps_the_order_of_the_prompts(batch_size, builder, prompts):
+def test_evaluate_keeps_the_order_of_the_prompts(batch_size, prompts):
     model = make_model(CONFIGS["llama"])
-    found = evaluate(model, prompts, builder, batch_size=batch_size, progress=False)
-    expected = reference(model, prompts, builder.label_token_ids).softmax(-1)
+    found = evaluate(model, prompts, batch_size=batch_size, progress=False)
+    expected = reference(model, prompts, prompts.label_token_ids).softmax(-1)
     torch.testing.assert_close(found.probabilities, expected, rtol=1e-4, atol=1e-5)
     assert found.labels.tolist() == [p.query_label for p in prompts]
     assert found.predictions.tolist() == expected.argmax(-1).tolist()
@@ -177,7 +178,7 @@ def test_evaluate_keeps_the_order_of_the_prompts(batch_size, builder, prompts):
 
 
 @pytest.mark.parametrize("fail", [False, True])
-def test_evaluate_restores_every_modules_mode(fail, builder, prompts):
+def test_evaluate_restores_every_modules_mode(fail, prompts):
     model = make_model(CONFIGS["llama"]).train()
     model.model.layers[0].eval()
     before = [module.training for module in model.modules()]
@@ -186,9 +187,9 @@ def test_evaluate_restores_every_modules_mode(fail, builder, prompts):
     if fail:
         model.model.norm.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            evaluate(model, prompts, builder, progress=False)
+            evaluate(model, prompts, progress=False)
     else:
-        evaluate(model, prompts, builder, progress=False)
+        evaluate(model, prompts, progress=False)
     assert seen == [False]
     assert [module.training for module in model.modules()] == before
 
@@ -198,21 +199,33 @@ def test_logits_that_are_not_finite_are_an_error(builder, prompts):
     with torch.no_grad():
         model.lm_head.weight[builder.label_token_ids[1]] = torch.nan
     with pytest.raises(ValueError, match=r"7 of 7 prompts are not finite, first prompt 0: \[.*nan.*bfloat16"):
-        evaluate(model, prompts, builder, progress=False)
+        evaluate(model, prompts, progress=False)
 
 
-def test_evaluate_refuses_bad_arguments(builder, prompts):
+def test_evaluate_refuses_bad_arguments(prompts):
     model = make_model(CONFIGS["llama"])
     with pytest.raises(ValueError, match="no prompts"):
-        evaluate(model, [], builder)
+        evaluate(model, prompts[:0])
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
-        evaluate(model, prompts, builder, batch_size=0)
+        evaluate(model, prompts, batch_size=0)
+    with pytest.raises(TypeError, match=r"sample 0 is a Prompt in a list.*PromptSet\(builder, prompts\)"):
+        evaluate(model, list(prompts))
 
 
-def test_progress_bar_is_shown_only_when_asked_for(builder, prompts, capsys):
-    evaluate(make_model(CONFIGS["llama"]), prompts, builder, progress=False)
+def test_a_builder_makes_a_set_of_any_prompts(builder, prompts):
+    model = make_model(CONFIGS["llama"])
+    result = evaluate(model, prompts, progress=False)
+    for again in (
+        evaluate(model, list(prompts), builder, progress=False),
+        evaluate(model, PromptSet(builder, list(prompts)), progress=False),
+    ):
+        assert torch.equal(again.probabilities, result.probabilities)
+
+
+def test_progress_bar_is_shown_only_when_asked_for(prompts, capsys):
+    evaluate(make_model(CONFIGS["llama"]), prompts, progress=False)
     assert capsys.readouterr().out == ""
-    evaluate(make_model(CONFIGS["llama"]), prompts, builder)
+    evaluate(make_model(CONFIGS["llama"]), prompts)
     assert "Evaluating" in capsys.readouterr().out
 
 

@@ -15,6 +15,7 @@ from abft.losses import induction_threshold
 from abft.models.attention import enable
 from abft.plots import accuracy_figure, head_figure, metrics_table, training_figure
 from abft.prompts.builder import PromptBuilder, sample_prompts
+from abft.prompts.collation import Collator
 from abft.prompts.examples import Example
 from abft.prompts.tasks import Task, Template
 
@@ -46,7 +47,7 @@ def model():
     return LlamaForCausalLM(config)
 
 
-def test_statistics_equal_those_of_eager_attention_one_prompt_at_a_time(model, prompts, builder):
+def test_statistics_equal_those_of_eager_attention_one_prompt_at_a_time(model, prompts):
     model.set_attn_implementation("eager")
     passed, correct, wrong = (torch.zeros(3, 4) for _ in range(3))
     for prompt in prompts:
@@ -61,7 +62,7 @@ def test_statistics_equal_those_of_eager_attention_one_prompt_at_a_time(model, p
         passed += m_correct + m_wrong > threshold
         correct += m_correct
         wrong += m_wrong
-    found = head_statistics(enable(model), prompts, builder, batch_size=4, progress=False)
+    found = head_statistics(enable(model), prompts, batch_size=4, progress=False)
     n = len(prompts)
     torch.testing.assert_close(found.mass_correct, correct / n)
     torch.testing.assert_close(found.mass_wrong, wrong / n)
@@ -78,16 +79,16 @@ def test_share_and_strongest_head():
     assert found.to_dict()["correct_share"][1] == [pytest.approx(0.75), 0.0]
 
 
-def test_no_prompts_and_bad_batch_size_are_named(model, prompts, builder):
+def test_no_prompts_and_bad_batch_size_are_named(model, prompts):
     with pytest.raises(ValueError, match="no prompts"):
-        head_statistics(enable(model), [], builder)
+        head_statistics(enable(model), prompts[:0])
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
-        next(length_sorted_batches(prompts, builder, 0, "", False))
+        next(length_sorted_batches(prompts, Collator(), 0, "", False))
 
 
-def test_every_prompt_is_batched_once_longest_first(prompts, builder):
+def test_every_prompt_is_batched_once_longest_first(prompts):
     seen, widths = [], []
-    for indices, batch in length_sorted_batches(prompts, builder, 4, "", False):
+    for indices, batch in length_sorted_batches(prompts, Collator(), 4, "", False):
         seen += indices
         widths.append(batch["input_ids"].shape[1])
     assert sorted(seen) == list(range(len(prompts)))
@@ -101,12 +102,14 @@ def test_evaluation_mode_restores_each_module_even_after_an_error(model):
     def stop():
         with evaluation_mode(model):
             assert not any(module.training for module in model.modules())
+            assert torch.is_inference_mode_enabled()
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         stop()
     assert model.training
     assert not model.lm_head.training
+    assert not torch.is_inference_mode_enabled()
     model.eval()
 
 

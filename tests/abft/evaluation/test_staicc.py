@@ -150,7 +150,7 @@ def test_compatible_scores_are_theirs(staicc, demo_model, demo_tokenizer, small_
         )
         for prompt in shown
     ]
-    ours = evaluate(demo_model, suite.normal, builder, progress=False)
+    ours = evaluate(demo_model, suite.normal, progress=False)
     torch.testing.assert_close(ours.probabilities, torch.tensor(theirs), rtol=0, atol=1e-5)
     gold = [query.label for query in queries] * 2
     for name, value in found["staicc"].items():

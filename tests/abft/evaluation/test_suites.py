@@ -55,14 +55,13 @@ def test_normal_asks_every_query_twice_with_other_demonstrations(suite, small_da
 
 def test_limit_keeps_the_first_queries_with_their_own_demonstrations(suite):
     few = replace(suite, limit=5)
-    assert few.normal == suite.normal[:5] + suite.normal[16:21]
-    assert [len(prompts) for _, prompts in few.templates()] == [5] * 9
-    assert few.templates()[3][1] == suite.templates()[3][1][:5]
+    assert list(few.normal) == [*suite.normal[:5], *suite.normal[16:21]]
+    assert [len(prompts) for prompts in few.templates()] == [5] * 9
+    assert few.templates()[3] == suite.templates()[3][:5]
     whole = suite.demonstration_draws()
-    assert few.demonstration_draws() == [p for draw in range(8) for p in whole[16 * draw : 16 * draw + 5]]
-    assert few.with_wrong_labels(0.5) == [
-        p for i, p in enumerate(suite.with_wrong_labels(0.5)) if i % 16 < 5
-    ]  # fmt: skip
+    assert list(few.demonstration_draws()) == [p for draw in range(8) for p in whole[16 * draw : 16 * draw + 5]]
+    wrong = suite.with_wrong_labels(0.5)
+    assert list(few.with_wrong_labels(0.5)) == [p for i, p in enumerate(wrong) if i % 16 < 5]
 
 
 def test_wrong_labels_are_the_next_class(suite):
@@ -92,7 +91,7 @@ def test_unseen_label_never_shown(suite):
 
 
 def test_templates_vary_four_parts(suite):
-    builders = [builder for builder, _ in suite.templates()]
+    builders = [prompts.builder for prompts in suite.templates()]
     for part in ("instruction", "text_prefix", "label_prefix", "separator"):
         values = Counter(getattr(builder.task.template, part) for builder in builders)
         assert sorted(values.values()) == [3, 3, 3]
@@ -113,9 +112,9 @@ def test_bias_prompts_ask_nothing(suite, small_data):
 
 
 def test_calibration_divides_by_the_mean_answer_to_nothing(suite, demo_model, small_data):
-    normal = evaluate(demo_model, suite.normal, suite.builder, progress=False)
+    normal = evaluate(demo_model, suite.normal, progress=False)
     empty = suite.empty_queries(small_data.train, 128)
-    prior = evaluate(demo_model, empty, suite.builder, progress=False).probabilities.mean(0)
+    prior = evaluate(demo_model, empty, progress=False).probabilities.mean(0)
     expected = (normal.probabilities / prior).argmax(1)
     found = suite.run(demo_model, [CALIBRATION], progress=False)[CALIBRATION]
     assert found["predictions"] == expected.tolist()
@@ -123,7 +122,7 @@ def test_calibration_divides_by_the_mean_answer_to_nothing(suite, demo_model, sm
 
 def test_sensitivity_counts_predictions_of_the_same_query(suite, demo_model):
     found = suite.run(demo_model, ["DemoSensitivity"], progress=False)["DemoSensitivity"]
-    result = evaluate(demo_model, suite.demonstration_draws(), suite.builder, progress=False)
+    result = evaluate(demo_model, suite.demonstration_draws(), progress=False)
     by_query = result.predictions.view(8, 16).T.tolist()
     expected = sum(max(Counter(row).values()) / 8 for row in by_query) / 16
     assert found["consistency"] == pytest.approx(expected)
@@ -143,7 +142,7 @@ def test_instruction_and_text(demo_tokenizer, small_data):
 
 
 def test_queries_not_prompts_are_what_is_counted():
-    """Prompts of both draws, one behind the other: the first query is right twice, the second once, the third never."""
+    """Prompts draw by draw: the first query is right twice, the second once, the third never."""
     result = {"predictions": [0, 0, 0, 0, 1, 0], "labels": [0, 1, 2, 0, 1, 2]}
     assert correct_by_query(result).tolist() == [1, 0.5, 0]
 
@@ -163,7 +162,7 @@ def test_whole_pass_costs_little_more_than_its_forward_passes(suite, demo_model)
     hook = demo_model.model.register_forward_pre_hook(count, with_kwargs=True)
     head = []
     demo_model.lm_head.register_forward_hook(lambda *_: head.append(1))
-    evaluate(demo_model, suite.normal, suite.builder, batch_size=8, progress=False)
+    evaluate(demo_model, suite.normal, batch_size=8, progress=False)
     hook.remove()
     assert sum(tokens) == sum(prompt.length for prompt in suite.normal)
     assert len(tokens) == 4

@@ -14,7 +14,7 @@ from abft.models.attention import enable
 from abft.models.bounds import Bounds
 from abft.models.masses import forward, forward_with_mass, layer_masses
 from abft.models.momentum import add_momentum, momentum_values
-from abft.prompts.builder import PromptCollator
+from abft.prompts.collation import Collator
 
 ORACLE = "momentum_oracle"
 ETA = 0.6
@@ -208,7 +208,7 @@ def test_evaluation_with_momentum(toy_prompts, toy_builder):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_probe_gets_what_gives_the_attention_matrix(kind, toy_prompts, toy_builder):
     model = tiny(kind, attention="eager")
-    batch = PromptCollator(toy_builder)(toy_prompts[:1])
+    batch = Collator()(toy_prompts[:1])
     with torch.no_grad():
         want = model(batch["input_ids"], output_attentions=True).attentions
     seen = []

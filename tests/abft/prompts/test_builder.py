@@ -1,6 +1,9 @@
 """Prompts in every family of tokenizer, their sampling and their batches."""
 
+import pickle
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from abft.prompts.builder import Prompt, PromptBuilder, PromptCollator, sample_prompts
+from abft.prompts.builder import Prompt, PromptBuilder, PromptSet, sample_prompts
+from abft.prompts.collation import Collator, padding_id
 from abft.prompts.examples import Example
+from abft.prompts.targets import AttentionTarget
 from abft.prompts.tasks import Task, Template
 
 SST2 = Task("SST2", ("negative", "positive"))
@@ -329,30 +334,69 @@ def test_thousands_of_prompts_take_seconds(builder):
 
 PROMPTS = [
     # tokens, label positions, demonstration labels, gold label
-    Prompt((1, 10, 11, 12, 13), (2, 3), (0, 1), 1),
-    Prompt((1, 10, 11), (1,), (0,), 1),
+    Prompt((1, 10, 11, 12, 13), (2, 3), (0, 1), 1, label_id=41),
+    Prompt((1, 10, 11), (1,), (0,), 1, label_id=41),
     Prompt((1, 10), (), (), 0),
 ]
 
 
-def test_collated_batch_by_hand(builder):
-    batch = PromptCollator(builder)(PROMPTS)
-    pad = builder.tokenizer.pad_token_id
+def test_a_prompt_is_a_target():
+    targets = [(prompt.query_positions, prompt.positive, prompt.negative, prompt.label) for prompt in PROMPTS]
+    assert targets == [((4,), (3,), (2,), 1), ((2,), (), (1,), 1), ((1,), (), (), 0)]
+    prompt = Prompt([1, 10, 11, 12, 13], [2, 3], [0, 1], 1, label_id=41)
+    assert prompt == PROMPTS[0]
+    assert hash(prompt) == hash(PROMPTS[0])
+    assert replace(prompt, query_label=0).positive == (2,)
+    with pytest.raises(ValueError, match="negative position 5 is not in 0 … 4"):
+        Prompt((1, 10, 11, 12, 13), (2, 5), (0, 0), 1)
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        Prompt((1, 10, 11), (1, 2), (0,), 1)
+
+
+def test_the_builder_gives_the_gold_label_its_token(builder):
+    prompts = builder.build_set([(EXAMPLES[:2], EXAMPLES[2]), ([], EXAMPLES[3])])
+    assert [prompt.label_id for prompt in prompts] == [builder.label_token_ids[label] for label in (1, 0)]
+    assert [prompt.label for prompt in prompts] == [1, 0]
+    assert prompts == PromptSet(builder, [builder.build(EXAMPLES[:2], EXAMPLES[2]), builder.build([], EXAMPLES[3])])
+
+
+def test_a_set_keeps_its_builder(builder):
+    prompts = sample_prompts(builder, POOL, POOL, k=2, seed=0)
+    part = prompts[2:5]
+    assert part.builder is prompts.builder is builder
+    assert part.label_token_ids == builder.label_token_ids
+    assert list(part) == [prompts[2], prompts[3], prompts[4]]
+    assert part != prompts
+    assert part != list(part)
+    again = pickle.loads(pickle.dumps(part))
+    assert again == part
+    assert again.label_token_ids == builder.label_token_ids
+    with pytest.raises(TypeError, match="sample 1 is AttentionTarget, not a Prompt"):
+        PromptSet(builder, [prompts[0], AttentionTarget([1, 2], [1], [0])])
+
+
+def test_collated_batch_by_hand():
+    pad = 77
+    batch = Collator(pad)(PROMPTS)
     expected = {
         "input_ids": [[1, 10, 11, 12, 13], [1, 10, 11, pad, pad], [1, 10, pad, pad, pad]],
         "seq_lens": [5, 3, 2],
         "position_ids": [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0], [0, 1, 0, 0, 0]],
         "key_groups": [[-1, -1, 1, 0, -1], [-1, 1, -1, -1, -1], [-1, -1, -1, -1, -1]],
         "query_positions": [[4], [2], [1]],
-        "prompt_lengths": [5, 3, 2],
-        "demonstrations": [2, 1, 0],
-        "correct_demonstrations": [1, 0, 0],
+        "prompt_lengths": [[5], [3], [2]],
+        "demonstrations": [[2], [1], [0]],
+        "correct_demonstrations": [[1], [0], [0]],
+        "row_weights": [[1.0], [1.0], [1.0]],
         "labels": [1, 1, 0],
-        "label_ids": [builder.label_token_ids[c] for c in (1, 1, 0)],
+        "label_ids": [41, 41, -100],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
-    assert {name for name, tensor in batch.items() if tensor.dtype != torch.int64} == {"key_groups", "seq_lens"}
-    assert (batch["key_groups"].dtype, batch["seq_lens"].dtype) == (torch.int8, torch.int32)
+    assert {name: tensor.dtype for name, tensor in batch.items() if tensor.dtype != torch.int64} == {
+        "key_groups": torch.int8,
+        "seq_lens": torch.int32,
+        "row_weights": torch.float32,
+    }
 
 
 prompt_strategy = st.integers(2, 9).flatmap(
@@ -370,8 +414,8 @@ prompt_strategy = st.integers(2, 9).flatmap(
 
 @given(st.lists(prompt_strategy, min_size=1, max_size=5), st.sampled_from(["left", "right"]))
 @settings(max_examples=100, deadline=None)
-def test_collated_rows_hold_their_prompts_on_either_side(builder, prompts, side):
-    batch = PromptCollator(builder, padding_side=side)(prompts)
+def test_collated_rows_hold_their_prompts_on_either_side(prompts, side):
+    batch = Collator(3, padding_side=side)(prompts)
     width = max(p.length for p in prompts)
     for row, prompt in enumerate(prompts):
         start = width - prompt.length if side == "left" else 0
@@ -388,17 +432,21 @@ def test_collated_rows_hold_their_prompts_on_either_side(builder, prompts, side)
         outside[own] = False
         assert batch["seq_lens"][row] == prompt.length
         assert batch["seq_starts"][row] == start if side == "left" else "seq_starts" not in batch
-        assert (batch["input_ids"][row][outside] == builder.tokenizer.pad_token_id).all()
+        assert (batch["input_ids"][row][outside] == 3).all()
         assert (batch["position_ids"][row][outside] == 0).all()
 
 
 def test_padding_token_falls_back_to_eos_and_zero():
-    assert PromptCollator(PromptBuilder(wrap(word_level(), eos_token="</s>"), SST2)).pad_token_id == 2
-    assert PromptCollator(PromptBuilder(wrap(word_level()), SST2)).pad_token_id == 0
+    model = SimpleNamespace(pad_token_id=None, eos_token_id=[5, 6])
+    for options, expected in (({"pad_token": "<s>", "eos_token": "</s>"}, 1), ({"eos_token": "</s>"}, 2), ({}, 0)):
+        prompts = PromptSet(PromptBuilder(wrap(word_level(), **options), SST2), PROMPTS)
+        assert prompts.pad_token_id == padding_id(prompts, model) == expected
+    assert padding_id(list(prompts), model) == 5
+    assert padding_id(list(prompts)) == 0
 
 
-def test_collator_refuses_bad_input(builder):
-    with pytest.raises(ValueError, match="empty list of prompts"):
-        PromptCollator(builder)([])
+def test_collator_refuses_bad_input():
+    with pytest.raises(ValueError, match="empty list of samples"):
+        Collator()([])
     with pytest.raises(ValueError, match="padding_side must be 'right' or 'left', got 'both'"):
-        PromptCollator(builder, padding_side="both")
+        Collator(padding_side="both")

@@ -18,14 +18,15 @@ from trainers import (
 )
 
 import abft
-from abft.evaluation.retrieval import evaluate_targets
+from abft.evaluation.classification import evaluate
+from abft.evaluation.label_attention import head_statistics
 from abft.losses import abft_loss
 from abft.models.bounds import token_mask
 from abft.models.masses import attention_mass, layer_masses
 from abft.models.projections import find_qk
-from abft.prompts.builder import PromptCollator
-from abft.prompts.collation import CORRECT_LABELS, MASS_INPUTS, NO_GROUP, WRONG_LABELS
-from abft.prompts.targets import AttentionTarget, TargetCollator
+from abft.prompts.builder import PromptSet
+from abft.prompts.collation import CORRECT_LABELS, MASS_INPUTS, NO_GROUP, WRONG_LABELS, Collator
+from abft.prompts.targets import AttentionTarget
 from abft.training.trainer import ABFTTrainer
 
 
@@ -38,7 +39,7 @@ MIXED = [
     target(12, (9, 11), (2, 3), (5,), 0, 7),
     target(20, (19,), (4,), None, 1, 8),
     target(9, (5, 6, 8), (1,), (0, 2, 3), 2, 9),
-    target(15, (12,), (10,), (), 3, 10),  # its last two tokens bear on nothing
+    target(15, (12,), (10,), (), 3, 10),  # no row sees its last two tokens
 ]
 
 
@@ -55,7 +56,7 @@ def many(count, label_id=None):
 
 
 def as_target(prompt, builder):
-    """The target that says what the prompt says."""
+    """Return the plain target with the prompt's keys."""
     kinds = {True: [], False: []}
     for position, label in zip(prompt.label_positions, prompt.demonstration_labels, strict=True):
         kinds[label == prompt.query_label].append(position)
@@ -66,7 +67,7 @@ def as_target(prompt, builder):
 @pytest.fixture(scope="module")
 def labelled_prompts(toy_prompts):
     """Those with a demonstration of the gold label: a target has a positive key."""
-    return [prompt for prompt in toy_prompts if prompt.query_label in prompt.demonstration_labels][:32]
+    return PromptSet(toy_prompts.builder, [prompt for prompt in toy_prompts if prompt.positive][:32])
 
 
 def loss_of(batch, masses, **options):
@@ -96,7 +97,7 @@ def by_hand(model, item, wrong_penalty, correct_award, head_filter):
 
 
 def test_a_batch_by_hand():
-    batch = TargetCollator(0)(MIXED)
+    batch = Collator()(MIXED)
     assert batch["input_ids"].shape == (4, 20)
     ids = [[*item.input_ids[: item.length], *[0] * (20 - item.length)] for item in MIXED]
     assert batch["input_ids"].tolist() == ids
@@ -119,13 +120,13 @@ def test_a_batch_by_hand():
 
 
 def test_no_label_is_ignored():
-    assert TargetCollator(0)([target(5, [4], [1])])["label_ids"].tolist() == [-100]
+    assert Collator()([target(5, [4], [1])])["label_ids"].tolist() == [-100]
 
 
 def test_left_padding_ends_in_one_column():
-    batch = TargetCollator(0, padding_side="left")(MIXED)
+    batch = Collator(padding_side="left")(MIXED)
     assert batch["query_positions"][:, -1].tolist() == [19] * 4
-    right = TargetCollator(0)(MIXED)
+    right = Collator()(MIXED)
     for name in ("input_ids", "key_groups", "position_ids"):
         padding = [token_mask(b["seq_lens"], b.get("seq_starts"), 20) for b in (batch, right)]
         assert torch.equal(batch[name][padding[0]], right[name][padding[1]]), name
@@ -134,26 +135,28 @@ def test_left_padding_ends_in_one_column():
 def test_a_prompt_and_its_target_make_one_batch(labelled_prompts, toy_builder):
     targets = [as_target(prompt, toy_builder) for prompt in labelled_prompts]
     for layout in ({}, {"packing": True}):
-        wanted = PromptCollator(toy_builder, **layout)(labelled_prompts)
-        got = TargetCollator(toy_builder.tokenizer.pad_token_id, **layout)(targets)
+        wanted, got = Collator(**layout)(labelled_prompts), Collator(**layout)(targets)
+        assert wanted.keys() == got.keys()
         for name in wanted.keys() - {"labels"}:
-            assert torch.equal(got[name].view_as(wanted[name]), wanted[name]), name
+            assert torch.equal(got[name], wanted[name]), name
             assert got[name].dtype == wanted[name].dtype, name
+        assert wanted["labels"].tolist() == [prompt.query_label for prompt in labelled_prompts]
+        assert torch.equal(got["labels"], wanted["label_ids"])
         assert torch.equal(got["row_weights"], torch.ones(len(targets), 1))
 
 
 def test_packed_batches_and_budgets():
-    padded, packed = TargetCollator(0)(MIXED), TargetCollator(0, True)(MIXED)
+    padded, packed = Collator()(MIXED), Collator(packing=True)(MIXED)
     mask = token_mask(padded["seq_lens"], None, padded["input_ids"].shape[1])
     for name in ("input_ids", "key_groups", "position_ids"):
         assert torch.equal(packed[name][0], padded[name][mask]), name
     starts = packed["cu_seqlens"][:-1, None]
     assert torch.equal(packed["query_positions"] - starts, padded["query_positions"])
-    parts = TargetCollator(0, True, 25)(MIXED)["parts"]
+    parts = Collator(packing=True, tokens_per_batch=25)(MIXED)["parts"]
     assert sorted(part["input_ids"].shape[1] for part in parts) == [9, 20, 25]
     assert sorted(part["query_positions"].shape[1] for part in parts) == [1, 2, 3]  # rows are repeated within a part
-    with pytest.raises(ValueError, match="a target of 20 tokens is over tokens_per_batch=19; raise it"):
-        TargetCollator(0, True, 19)(MIXED)
+    with pytest.raises(ValueError, match="a sample of 20 tokens is over tokens_per_batch=19; raise it"):
+        Collator(packing=True, tokens_per_batch=19)(MIXED)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------
@@ -165,7 +168,7 @@ def test_packed_batches_and_budgets():
 def test_loss_and_gradient_by_hand(kind, head_filter, layout):
     items = many(12) if head_filter else MIXED
     eager, ours = tiny(kind, attention="eager", **LABEL_LOOKERS), abft.enable(tiny(kind, **LABEL_LOOKERS))
-    batch = TargetCollator(0, **layout)(items)
+    batch = Collator(**layout)(items)
     options = {"wrong_penalty": 0.7, "correct_award": 1.3, "head_filter": head_filter}
     got = loss_of(batch, layer_masses(ours, **{name: batch[name] for name in MASS_INPUTS if name in batch}), **options)
     wanted, counts = zip(*(by_hand(eager, item, **options) for item in items), strict=True)
@@ -186,7 +189,7 @@ def test_loss_and_gradient_by_hand(kind, head_filter, layout):
 
 def test_the_filter_passes_every_head_where_all_tokens_are_keys():
     item = target(20, (17, 19), (4,))
-    batch = TargetCollator(0)([item])
+    batch = Collator()([item])
     masses = layer_masses(abft.enable(tiny("llama")), **{name: batch[name] for name in MASS_INPUTS if name in batch})
     assert loss_of(batch, masses).selected.all()
     torch.testing.assert_close(torch.stack(masses).sum(-1), torch.ones(2, 1, 4, 2))
@@ -229,10 +232,21 @@ def test_shapes_that_do_not_fit():
 def test_a_target_that_is_a_prompt_trains_alike(kind, method, labelled_prompts, toy_builder, tmp_path):
     targets = [as_target(prompt, toy_builder) for prompt in labelled_prompts]
     options = {"method": method, "num_train_epochs": 2}
-    by_prompts = trained(tiny(kind, **LABEL_LOOKERS), labelled_prompts, toy_builder, tmp_path, **options)
+    by_prompts = trained(tiny(kind, **LABEL_LOOKERS), labelled_prompts, None, tmp_path, **options)
     by_targets = trained(tiny(kind, **LABEL_LOOKERS), targets, None, tmp_path, **options)
     assert losses(by_prompts) == losses(by_targets)
     assert_same_trajectory(by_prompts, by_targets, tolerance=0)
+
+
+def test_prompts_and_targets_train_together(toy_prompts, tmp_path):
+    items = [sample for pair in zip(many(64), toy_prompts, strict=True) for sample in pair]
+    trainer = trainer_of(
+        tiny("llama", **LABEL_LOOKERS), items, None, tmp_path, num_train_epochs=1, eval_dataset=toy_prompts
+    )
+    trainer.train()
+    assert len(losses(trainer)) == 4
+    assert "eval_macro_f1" in trainer.evaluate()
+    assert "eval_best_head" in trainer.evaluate(many(5))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +280,7 @@ def test_lora_trains_on_targets(tmp_path):
 
 @pytest.mark.parametrize("restricted", [False, True])
 def test_training_raises_the_mass_on_positive_keys(restricted, tmp_path):
-    """The word behind the first occurrence of the last word, as induction heads do."""
+    """The word after the first occurrence of the last word, as induction heads do."""
     items = []
     for seed in range(64):
         ids = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))[:12].tolist()
@@ -276,9 +290,9 @@ def test_training_raises_the_mass_on_positive_keys(restricted, tmp_path):
         tiny("llama"), items[:48], None, tmp_path, eval_dataset=items[48:], learning_rate=1e-2, num_train_epochs=8,
         pseudo_batch_size=16, restricted_gradient=restricted,
     )  # fmt: skip
-    before = evaluate_targets(trainer.model, items[48:], progress=False)
+    before = evaluate(trainer.model, items[48:], progress=False)
     trainer.train()
-    after = evaluate_targets(trainer.model, items[48:], progress=False)
+    after = evaluate(trainer.model, items[48:], progress=False)
     assert after.positive_mass.max() > 3 * before.positive_mass.max()
     assert after.negative_mass.mean() < before.negative_mass.mean()
     metrics = trainer.evaluate()
@@ -299,7 +313,7 @@ def test_evaluation_by_hand(kind, batch_size):
     model = abft.enable(tiny(kind)).train()
     made = []
     model.lm_head.register_forward_hook(lambda module, inputs, logits: made.append(logits.shape[:2].numel()))
-    result = evaluate_targets(model, items, batch_size=batch_size, progress=False)
+    result = evaluate(model, items, batch_size=batch_size, progress=False)
     assert sum(made) == len(items), "logits of other rows than the last"
     assert model.training
     sums, predictions = torch.zeros(2, 2, 4), []
@@ -324,7 +338,7 @@ def test_evaluation_by_hand(kind, batch_size):
 def test_accuracy_counts_labelled_targets_alone():
     model = abft.enable(tiny("llama"))
     items = many(6)
-    said = evaluate_targets(model, items, progress=False)
+    said = evaluate(model, items, progress=False)
     assert said.accuracy is said.accuracy_stderr is None
     assert "accuracy" not in said.to_dict()
     labels = [*said.predictions[:3].tolist(), 0, None, None]
@@ -333,7 +347,7 @@ def test_accuracy_counts_labelled_targets_alone():
         AttentionTarget(t.input_ids, t.query_positions, t.positive, t.negative, label)
         for t, label in zip(items, labels, strict=True)
     ]
-    result = evaluate_targets(model, marked, progress=False)
+    result = evaluate(model, marked, progress=False)
     assert (result.labelled, result.accuracy) == (4, 0.75)
     assert result.accuracy_stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     assert result.to_dict()["accuracy"] == 0.75
@@ -342,16 +356,36 @@ def test_accuracy_counts_labelled_targets_alone():
 def test_evaluation_errors():
     model = tiny("llama")
     with pytest.raises(ValueError, match=r"call abft\.enable"):
-        evaluate_targets(model, MIXED, progress=False)
+        evaluate(model, MIXED, progress=False)
     abft.enable(model)
-    with pytest.raises(ValueError, match="no prompts to evaluate; pass one, or a target"):
-        evaluate_targets(model, [], progress=False)
+    with pytest.raises(ValueError, match="no prompts or targets to evaluate; pass one or more"):
+        evaluate(model, [], progress=False)
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
-        evaluate_targets(model, MIXED, batch_size=0, progress=False)
+        evaluate(model, MIXED, batch_size=0, progress=False)
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(ValueError, match=r"logits of target \d are not finite"):
-        evaluate_targets(model, MIXED, progress=False)
+        evaluate(model, MIXED, progress=False)
+    with pytest.raises(TypeError, match="momentum: evaluation of targets takes no such argument"):
+        evaluate(model, MIXED, momentum=0.5)
+
+
+def test_head_statistics_are_of_rows(labelled_prompts, toy_builder):
+    model = abft.enable(tiny("llama", **LABEL_LOOKERS))
+    targets = [as_target(prompt, toy_builder) for prompt in labelled_prompts]
+    of_prompts, of_targets = (head_statistics(model, some, progress=False) for some in (labelled_prompts, targets))
+    for name in ("induction_rate", "mass_correct", "mass_wrong"):
+        assert torch.equal(getattr(of_prompts, name), getattr(of_targets, name)), name
+    masses = evaluate(model, targets, progress=False)
+    torch.testing.assert_close(masses.positive_mass, of_targets.mass_correct)
+    items = many(12)
+    batch = Collator()(items)
+    found = loss_of(batch, layer_masses(model, **{name: batch[name] for name in MASS_INPUTS if name in batch}))
+    weights = batch["row_weights"][:, None]
+    rate = (found.selected * weights).sum(-1).mean(1)
+    statistics = head_statistics(model, items, batch_size=5, progress=False)
+    torch.testing.assert_close(statistics.induction_rate, rate)
+    assert statistics.induction_heads == pytest.approx(found.head_counts.mean().item())
 
 
 # --- bad input --------------------------------------------------------------------------------------------
@@ -395,21 +429,17 @@ def test_targets_that_make_no_sense(changes, error, match):
 
 
 def test_what_the_collator_and_the_trainer_refuse(toy_prompts, toy_builder, tmp_path):
-    with pytest.raises(ValueError, match="empty list of targets"):
-        TargetCollator(0)([])
+    with pytest.raises(ValueError, match="empty list of samples"):
+        Collator()([])
     with pytest.raises(ValueError, match="padding_side must be"):
-        TargetCollator(0, padding_side="top")
+        Collator(padding_side="top")
     model, args = tiny("llama"), arguments(tmp_path)
-    for samples, builder in (
-        (toy_prompts, None), (MIXED, toy_builder), ([*toy_prompts, MIXED[0]], toy_builder),
-        ([MIXED[0], toy_prompts[0]], None),
-    ):  # fmt: skip
-        with pytest.raises(TypeError, match="prompts need their builder, and targets take builder=None"):
-            ABFTTrainer(model, args, samples, builder)
-    with pytest.raises(TypeError, match="sample 0 is Prompt"):
-        ABFTTrainer(model, args, MIXED, eval_dataset=toy_prompts)
-    with pytest.raises(TypeError, match="sample 0 is AttentionTarget"):
-        trainer_of(model, toy_prompts, toy_builder, tmp_path).evaluate(MIXED)
+    with pytest.raises(TypeError, match="sample 0 is AttentionTarget, not a Prompt"):
+        ABFTTrainer(model, args, MIXED, toy_builder)
+    with pytest.raises(TypeError, match="sample 0 is AttentionTarget, not a Prompt"):
+        ABFTTrainer(model, args, toy_prompts, toy_builder, MIXED)
+    with pytest.raises(TypeError, match="sample 0 is a Prompt in a list"):
+        ABFTTrainer(model, args, MIXED, eval_dataset=list(toy_prompts)).evaluate()
     with pytest.raises(ValueError, match="target 4 has no label_id"):
         ABFTTrainer(model, arguments(tmp_path, method="e2e"), [*MIXED, target(9, [8], [1])])
     with pytest.raises(ValueError, match="the longest prompt has 129 tokens, the model's context 128"):
@@ -420,7 +450,7 @@ def test_what_the_collator_and_the_trainer_refuse(toy_prompts, toy_builder, tmp_
 
 def test_rows_that_attention_mass_gives():
     """A target's rows are those of `attention_mass`, in their order."""
-    model, batch = abft.enable(tiny("llama")), TargetCollator(0)(MIXED)
+    model, batch = abft.enable(tiny("llama")), Collator()(MIXED)
     arguments = {name: batch[name] for name in MASS_INPUTS if name in batch}
     every = attention_mass(model, **{**arguments, "query_positions": None})
     rows = batch["query_positions"][:, None, :, None]

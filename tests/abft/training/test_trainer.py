@@ -18,7 +18,7 @@ from abft.models.bounds import token_mask
 from abft.models.masses import attention_mass
 from abft.models.projections import find_qk
 from abft.models.weights import load_trained
-from abft.prompts.builder import PromptCollator
+from abft.prompts.collation import Collator
 from abft.training.config import ABFTConfig
 from abft.training.trainer import ABFTTrainer
 
@@ -55,7 +55,7 @@ def test_accumulation_and_padding_do_not_matter(method, toy_prompts, toy_builder
 def test_the_side_of_the_padding_does_not_matter(toy_prompts, toy_builder, tmp_path):
     def run(side):
         trainer = trainer_of(tiny("gpt2", **LABEL_LOOKERS), toy_prompts, toy_builder, tmp_path, num_train_epochs=2)
-        trainer.data_collator = PromptCollator(toy_builder, padding_side=side)
+        trainer.data_collator = Collator(padding_side=side)
         trainer.train()
         return trainer
 
@@ -77,7 +77,7 @@ def single_gradients(prompts, builder):
     """Gradients of each prompt alone, by the loss itself and no trainer."""
     model = tiny("llama", **LABEL_LOOKERS)
     model.set_attn_implementation("abft")
-    collate = PromptCollator(builder)
+    collate = Collator()
     total: dict[str, torch.Tensor] = {}
     for prompt in prompts:
         batch = collate([prompt])
@@ -86,7 +86,7 @@ def single_gradients(prompts, builder):
         )
         model.zero_grad()
         counts = [batch[name] for name in ("correct_demonstrations", "demonstrations", "prompt_lengths")]
-        abft_loss(masses, *counts).loss.backward()
+        abft_loss(masses, *counts, row_weights=batch["row_weights"]).loss.backward()
         for item in find_qk(model):
             gradient = dict(model.named_parameters())[item.name].grad
             total[item.name] = total.get(item.name, 0) + gradient / len(prompts)
@@ -125,7 +125,7 @@ def test_logged_loss_is_the_mean_over_the_prompts(toy_prompts, toy_builder, tmp_
     trainer = trained(
         tiny("llama", **LABEL_LOOKERS), prompts, toy_builder, tmp_path, num_train_epochs=1, wrong_penalty=0.7
     )  # fmt: skip
-    batch = PromptCollator(toy_builder)(prompts)
+    batch = Collator()(prompts)
     model = tiny("llama", **LABEL_LOOKERS)
     model.set_attn_implementation("abft")
     masses = attention_mass(
@@ -133,8 +133,9 @@ def test_logged_loss_is_the_mean_over_the_prompts(toy_prompts, toy_builder, tmp_
         query_positions=batch["query_positions"],
     )  # fmt: skip
     want = abft_loss(
-        masses, batch["correct_demonstrations"], batch["demonstrations"], batch["prompt_lengths"], wrong_penalty=0.7
-    )
+        masses, batch["correct_demonstrations"], batch["demonstrations"], batch["prompt_lengths"], wrong_penalty=0.7,
+        row_weights=batch["row_weights"],
+    )  # fmt: skip
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert 0 < want.selected.float().mean() < 1, "the filter passes all heads or none"
     assert entry["loss"] == pytest.approx(want.loss.item(), rel=1e-5)
@@ -162,7 +163,7 @@ def test_the_penalty_follows_the_controller(toy_prompts, toy_builder, tmp_path):
 
 
 def test_the_loss_takes_the_adapted_penalty(toy_prompts, toy_builder, tmp_path):
-    batch = PromptCollator(toy_builder)(toy_prompts[:8])
+    batch = Collator()(toy_prompts[:8])
 
     def loss(penalty, adapted=None):
         model = tiny("llama", **LABEL_LOOKERS)
@@ -242,7 +243,7 @@ def test_lora_moves_the_adapter_alone(toy_prompts, toy_builder, tmp_path):
 
 
 def masses_of(model, prompts, builder):
-    batch = PromptCollator(builder)(prompts)
+    batch = Collator()(prompts)
     names = ("input_ids", "key_groups", "seq_lens", "query_positions")
     with torch.no_grad():
         masses = torch.stack(attention_mass(model.eval(), **{name: batch[name] for name in names}))
@@ -296,7 +297,7 @@ def test_models_with_dropout_train(method, toy_prompts, toy_builder, tmp_path):
 def test_e2e_is_cross_entropy_at_the_last_token(kind, side, toy_prompts, toy_builder, tmp_path):
     model = tiny(kind)
     trainer = trainer_of(model, toy_prompts, toy_builder, tmp_path, method="e2e")
-    batch = PromptCollator(toy_builder, padding_side=side)(toy_prompts[:7])
+    batch = Collator(padding_side=side)(toy_prompts[:7])
     mask = token_mask(batch["seq_lens"], batch.get("seq_starts"), batch["input_ids"].shape[1])
     logits = model(batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"]).logits
     last = logits[torch.arange(7), batch["query_positions"][:, 0]]
@@ -312,7 +313,7 @@ def test_e2e_without_logits_to_keep(toy_prompts, toy_builder, tmp_path, monkeypa
     """A model that does not know the argument gives every logit; the right ones must be taken."""
     model = tiny("llama")
     trainer = trainer_of(model, toy_prompts, toy_builder, tmp_path, method="e2e")
-    batch = PromptCollator(toy_builder)(toy_prompts[:7])
+    batch = Collator()(toy_prompts[:7])
     want = trainer.compute_loss(model, batch)
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *args, logits_to_keep=None, **kwargs: forward(*args, **kwargs))
@@ -417,12 +418,12 @@ def test_evaluation_does_not_disturb_training(toy_prompts, toy_builder, tmp_path
     assert entries[0]["eval_n"] == 8
     assert 0 <= entries[0]["eval_true_label_likelihood"] <= 1
     watched.model.eval()
-    watched.compute_loss(watched.model, PromptCollator(toy_builder)(toy_prompts[:2]))
+    watched.compute_loss(watched.model, Collator()(toy_prompts[:2]))
     assert not watched._step_sums, "a loss outside of training was counted into a step"
 
 
 def test_options_reach_the_loss(toy_prompts, toy_builder, tmp_path):
-    batch = PromptCollator(toy_builder)(toy_prompts[:8])
+    batch = Collator()(toy_prompts[:8])
 
     def loss(**changes):
         model = tiny("llama", **LABEL_LOOKERS)
