@@ -1,5 +1,6 @@
 """No pass reads values back from the device, results apart: passes on fake CUDA tensors, which have no values."""
 
+import abft_kernels.launch
 import pytest
 import torch
 from parity import batch_of
@@ -8,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import abft_kernels.launch
 from abft.evaluation.classification import label_logits
 from abft.models.attention import ATTENTION
 from abft.models.masses import forward, forward_with_mass, layer_masses
