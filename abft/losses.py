@@ -24,24 +24,24 @@ Adaption = Literal["PID", "P", "none"]
 
 
 class ABFTLoss(NamedTuple):
-    """Loss and the statistics that training logs; all but `loss` without gradient."""
+    """Loss and the statistics that training logs; all but `loss` and `per_prompt` without gradient."""
 
     loss: Tensor  # (), mean over the prompts of the sum over layers and heads
     per_prompt: Tensor  # (B,), with gradient: sums of it over micro-batches average exactly
     selected: Tensor  # (L, B, H) bool, the induction heads; of several rows (L, B, H, R)
     mass_correct: Tensor  # (), mean over the selected heads; NaN if there is none
     mass_wrong: Tensor  # (), likewise
-    head_counts: Tensor  # (B,), induction heads of each prompt, mean over its rows
+    head_counts: Tensor  # (B,), induction heads of each prompt, weighted mean over its rows
 
 
 def induction_threshold(demonstrations: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """T = k / (k + ln n_t), float32 in the shape of k and n_t, demonstrations and tokens (padding excluded)."""
+    """Return T = k / (k + ln n_t), float32 in the shape of k and n_t, demonstrations and tokens (without padding)."""
     k = demonstrations.to(torch.float32)
     return k / (k + prompt_lengths.to(torch.float32).log())
 
 
 def induction_heads(masses: Tensor, demonstrations: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """Which heads pass the filter S > T, without gradient.
+    """Return the heads that pass the filter S > T, without gradient.
 
     Bool `(L, B, H)` from masses `(L, B, H, 2)` and counts `(B,)`; of several rows `(L, B, H, R)` from
     `(L, B, H, R, 2)` and `(B, R)`.
@@ -62,26 +62,29 @@ def abft_loss(
     per_head_mean: bool = False,
     row_weights: Tensor | None = None,
 ) -> ABFTLoss:
-    """Eq. 1: sum over layers and heads, mean over prompts.
+    """Compute Eq. 1: sum over layers and heads, mean over prompts.
+
+    A prompt has one row, its last, or R rows, each with its own filter. With one row the counts are `(B,)` and masses
+    `(L, B, H, 2)`; with R rows the counts are `(B, R)` and masses `(L, B, H, R, 2)`.
 
     Args:
-        masses: last-row masses on (correct, wrong) label tokens, `(L, B, H, 2)` or a sequence of L such tensors
-            `(B, H, 2)` or `(B, H, 1, 2)`.
-        correct_demonstrations: |I⁺|, the demonstrations that carry the gold label, `(B,)`.
-        demonstrations: k, `(B,)`.
-        prompt_lengths: n_t, the prompt's own tokens, `(B,)`.
+        masses: on (correct, wrong) label tokens: one tensor as above, or a sequence of L tensors `(B, H, R, 2)`.
+        correct_demonstrations: |I⁺|, the demonstrations that carry the gold label.
+        demonstrations: k.
+        prompt_lengths: n_t, the prompt's own tokens.
         wrong_penalty: A ≥ 0.
         correct_award: B ≥ 0.
         head_filter: train induction heads only; off, every head.
         per_head_mean: divide the loss of each prompt, or row, by its number of selected heads.
-        row_weights: for prompts of R rows, `(B, R)`: a prompt's loss is the sum of its rows' losses with these weights,
-            each row with a filter of its own. Then masses are `(L, B, H, R, 2)`, or L times `(B, H, R, 2)`, and the
-            three counts `(B, R)`.
+        row_weights: with R rows, `(B, R)`: a prompt's loss is the sum of its rows' losses with these weights. None for
+            one row of weight 1.
 
     Raises:
         ValueError: shapes that do not fit, or a negative A or B.
     """
-    masses = _stacked(masses, (correct_demonstrations, demonstrations, prompt_lengths), row_weights)
+    counts = (correct_demonstrations, demonstrations, prompt_lengths)
+    masses = _stacked(masses, counts[0])
+    _check_shapes(masses, counts, row_weights)
     if wrong_penalty < 0 or correct_award < 0:
         raise ValueError(f"A and B must not be negative, got A={wrong_penalty}, B={correct_award}")
     correct, wrong = masses.unbind(-1)
@@ -90,56 +93,58 @@ def abft_loss(
     else:
         selected = torch.ones_like(correct, dtype=torch.bool)
     per_head = wrong_penalty * wrong + correct_award * (correct_demonstrations[:, None] - correct)
-    per_prompt = (per_head * selected).sum(dim=(0, 2))
-    head_counts = selected.sum(dim=(0, 2))
+    per_prompt, head_counts = (per_head * selected).sum(dim=(0, 2)), selected.sum(dim=(0, 2))
     if per_head_mean:
         per_prompt = per_prompt / head_counts.clamp(min=1)
-    weights: Tensor | float = 1.0
-    if row_weights is not None:
-        per_prompt, head_counts = (per_prompt * row_weights).sum(dim=1), (head_counts * row_weights).sum(dim=1)
-        weights = row_weights[:, None]
+    weights = torch.ones_like(head_counts) if row_weights is None else row_weights
+    if head_counts.dim() == 2:
+        per_prompt, head_counts = (per_prompt * weights).sum(dim=1), (head_counts * weights).sum(dim=1)
     with torch.no_grad():
         count = head_counts.sum()
-        mass_correct = (correct * selected * weights).sum() / count
-        mass_wrong = (wrong * selected * weights).sum() / count
+        mass_correct = (correct * selected * weights[:, None]).sum() / count
+        mass_wrong = (wrong * selected * weights[:, None]).sum() / count
     return ABFTLoss(per_prompt.mean(), per_prompt, selected, mass_correct, mass_wrong, head_counts)
 
 
-def _stacked(
-    masses: Tensor | Sequence[Tensor], counts: tuple[Tensor, Tensor, Tensor], row_weights: Tensor | None
-) -> Tensor:
-    """Masses `(L, B, H, 2)`, with row weights `(L, B, H, R, 2)`, on the device of the counts."""
-    rows = row_weights is not None
-    device, batch = counts[0].device, counts[0].shape[0]
+def _stacked(masses: Tensor | Sequence[Tensor], counts: Tensor) -> Tensor:
+    """Return the masses of all layers as one tensor on the device of the counts, without rows if the counts have none.
+
+    The layers of a model may be spread over several devices.
+    """
     if not isinstance(masses, Tensor):
-        if not rows and any(mass.dim() == 4 and mass.shape[2] != 1 for mass in masses):
-            raise ValueError(
-                f"masses must be of one row per prompt, got {masses[0].shape[2]} rows; "
-                "ask the model for one query position, or give row_weights"
-            )
-        # The layers of a model may be spread over several devices.
-        masses = torch.stack(
-            [(mass.squeeze(2) if mass.dim() == 4 and not rows else mass).to(device) for mass in masses]
-        )
-    if row_weights is not None:
-        asked = tuple(row_weights.shape)
-        given = [tuple(count.shape) for count in counts]
-        if masses.dim() != 5 or (masses.shape[1], *masses.shape[3:]) != (*asked, 2) or given != [asked] * 3:
-            raise ValueError(
-                f"with row_weights of shape {asked} masses must have shape (layers, batch, heads, rows, 2) and counts "
-                f"(batch, rows), got {tuple(masses.shape)} and {', '.join(map(str, given))}"
-            )
-    elif masses.dim() != 4 or masses.shape[1] != batch or masses.shape[3] != 2:
-        raise ValueError(
-            f"masses must have shape (layers, batch={batch}, heads, 2), got {tuple(masses.shape)}; ask the model for "
-            "one query position per prompt and two key groups, correct and wrong"
-        )
+        masses = torch.stack([mass.to(counts.device) for mass in masses])
+        if counts.dim() == 1 and masses.dim() == 5 and masses.shape[3] == 1:
+            masses = masses.squeeze(3)
     return masses
+
+
+def _check_shapes(masses: Tensor, counts: tuple[Tensor, Tensor, Tensor], row_weights: Tensor | None) -> None:
+    """Raise ValueError unless masses, counts and weights are of the same prompts and rows."""
+    given = [tuple(count.shape) for count in counts]
+    shape = given[0] if row_weights is None else tuple(row_weights.shape)
+    several = row_weights is not None or shape[1:] == (1,)
+    fits = masses.dim() == (5 if several else 4) and (masses.shape[1], *masses.shape[3:]) == (*shape, 2)
+    if fits and given == [shape] * 3:
+        return
+    if row_weights is not None:
+        raise ValueError(
+            f"with row_weights of shape {shape} masses must have shape (layers, batch, heads, rows, 2) and counts "
+            f"(batch, rows), got {tuple(masses.shape)} and {', '.join(map(str, given))}"
+        )
+    if masses.dim() == 5 and masses.shape[3] != 1:
+        raise ValueError(
+            f"masses must be of one row per prompt, got {masses.shape[3]} rows; ask the model for one query position, "
+            "or give row_weights"
+        )
+    raise ValueError(
+        f"masses must have shape (layers, batch={shape[0]}, heads, 2), got {tuple(masses.shape)}; ask the model for "
+        "one query position per prompt and two key groups, correct and wrong"
+    )
 
 
 @dataclass
 class HeadCountController:
-    """Steers the penalty A by the number of induction heads (Eq. 3), one update per optimizer step.
+    """A controller that steers the penalty A by the number of induction heads (Eq. 3), once per optimizer step.
 
     With n̄_t the mean induction-head count per prompt of step t, for t > 2:
 
@@ -169,7 +174,7 @@ class HeadCountController:
             raise ValueError(f"A must not be negative, got {self.wrong_penalty}")
 
     def update(self, head_count: float) -> float:
-        """Records n̄_t and returns A for the next step."""
+        """Record n̄_t and return A for the next step."""
         self.head_counts.append(float(head_count))
         if self.adaption != "none" and len(self.head_counts) > 2:
             before, last, now = self.head_counts[-3:]
@@ -182,12 +187,14 @@ class HeadCountController:
 
     @property
     def collapsed(self) -> bool:
-        """Whether the count has fallen below a tenth of its first value (or never was above 0)."""
+        """True if the count has fallen to a tenth of its first value or below, or never was above 0."""
         return bool(self.head_counts) and self.head_counts[-1] <= self.COLLAPSE * self.head_counts[0]
 
     def state_dict(self) -> dict[str, float | list[float]]:
+        """Return A and the counts as plain data."""
         return {"wrong_penalty": self.wrong_penalty, "head_counts": list(self.head_counts)}
 
     def load_state_dict(self, state: dict) -> None:
+        """Restore what :meth:`state_dict` returned."""
         self.wrong_penalty = float(state["wrong_penalty"])
         self.head_counts = [float(count) for count in state["head_counts"]]

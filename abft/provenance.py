@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["installed", "processor", "provenance", "versions"]
+__all__ = ["installed", "peak_memory", "processor", "provenance", "reset_peak_memory", "resident_peak", "versions"]
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets",
              "bitsandbytes", "flash-attn")  # fmt: skip
@@ -99,3 +100,23 @@ def provenance(
         "cpus": os.cpu_count(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def resident_peak() -> int:
+    """Return the most bytes of memory that this process has had since it began."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def peak_memory() -> int:
+    """Return the peak in bytes: of the GPU since :func:`reset_peak_memory`, without one of this process."""
+    import torch  # the command line imports this module without it
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_peak()
+
+
+def reset_peak_memory() -> None:
+    """Start the peak of the GPU anew."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()

@@ -10,23 +10,45 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from abft.evaluation.mauve import check_mauve, continuations, mauve_score
 from abft.experiments.experiment import PAPER_TASKS, Experiment, ExperimentOptions
+from abft.experiments.methods import METHODS
 from abft.experiments.report import overview_table, write_report
 from abft.experiments.results import Results
 from abft.experiments.runs import RunKey
 from abft.files import write_json
+from abft.losses import Adaption
 from abft.models.loading import default_device, load_base, load_tokenizer
 from abft.models.weights import from_pretrained
 from abft.prompts.tasks import TASKS, get_task
+from abft.training.objectives.registry import DEFAULT, OBJECTIVES
+from abft.training.options import TrainingOptions
 
 __all__ = ["prototype"]
+
+# Training option -> the published code's name for it; options without one keep their own name.
+_PUBLISHED = {
+    "correct_award": "--correct_label_award",
+    "wrong_penalty": "--wrong_label_penalty",
+    "learning_rate": "--lr",
+    "pseudo_batch_size": "--pseudo_batch_size",
+    "num_train_epochs": "--epoch",
+    "restricted_gradient": "--restricted_gradient",
+    "pid_proportional": "--PID_param_P",
+    "pid_integral": "--PID_param_I",
+    "pid_derivative": "--PID_param_D",
+    "lora_r": "--lora_r",
+}
+_MAPPED = ("lora", "adaption")  # --quantized, and --self_adaption_loss with other words
+_ADAPTIONS = {"None" if adaption == "none" else adaption: adaption for adaption in get_args(Adaption)}
+_METHODS = {name.upper(): name for name in OBJECTIVES if name in METHODS}
 
 _TEXTS = 256
 _PREFIX = "The"
@@ -40,6 +62,24 @@ def _switch(value: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, got {value!r}")
 
 
+def _of(name: str) -> Field[Any]:
+    return next(option for option in fields(TrainingOptions) if option.name == name)
+
+
+def _text(name: str) -> str:
+    return _of(name).metadata["help"]
+
+
+def _add_training_option(parser: Any, flag: str, option: Field[Any]) -> None:
+    """Add a training option under a flag, with the default and the help of its field."""
+    kind = get_type_hints(TrainingOptions)[option.name]
+    shared = {"dest": option.name, "default": option.default, "help": option.metadata["help"]}
+    if kind is bool:
+        parser.add_argument(flag, nargs="?", const=True, type=_switch, **shared)
+    else:
+        parser.add_argument(flag, type=int if kind is int else float, **shared)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="abft prototype", description="Train with ABFT or E2E on one of StaICC's tasks, tested before and after."
@@ -51,31 +91,25 @@ def _parser() -> argparse.ArgumentParser:
 
     add("--ICL_model_name", required=True, help="base model: a local folder or a name on the Hugging Face Hub")
     add("--ICL_dataset_index", type=int, default=0, help="StaICC's number of the task to train on")
-    add("--method", choices=("ABFT", "E2E"), default="ABFT")
+    add("--method", choices=tuple(_METHODS), default=DEFAULT.upper())
     add("--ICL_k", type=int, default=4, help="demonstrations per prompt")
     switch("--quantized", "4-bit base, LoRA adapters")
-    add("--correct_label_award", type=float, default=1.0, help="B")
-    add("--wrong_label_penalty", type=float, default=0.5, help="A, its first value")
     add("--train_sample_num", type=int, default=512, help="training prompts")
-    add("--lr", type=float, default=None, help="learning rate; default 2e-5, quantized 1e-4")
-    add("--pseudo_batch_size", type=int, default=32, help="prompts averaged for one optimizer step")
-    add("--epoch", type=float, default=2)
     add("--random_seed", type=int, default=0)
     switch("--no_fore_test", "no test before training")
     switch("--no_post_test", "no test after training")
     add("--test_type", choices=("Normal", "TempSensitivity", "DemoSensitivity"), default="Normal")
     switch("--generalization_test", "test on all tasks, not only the trained one")
     switch("--dont_save_model", "keep the results only")
-    switch("--restricted_gradient", "a head's loss trains its own layer alone")
-    add("--self_adaption_loss", choices=("None", "P", "PID"), default="PID", help="what steers A")
-    add("--loss_adaption_factor_for_P", type=float, default=0.03, help="its factor, with P")
-    add("--PID_param_P", type=float, default=0.03)
-    add("--PID_param_I", type=float, default=0.005)
-    add("--PID_param_D", type=float, default=0.005)
-    add("--lora_r", type=int, default=16, help="rank of the adapters, with --quantized")
+    add("--self_adaption_loss", choices=tuple(_ADAPTIONS), default=_of("adaption").default, help=_text("adaption"))
+    add("--loss_adaption_factor_for_P", type=float, default=_of("pid_proportional").default, help="Cp, with P")
     switch("--MAUVE_test", "compare what the model writes before and after")
     add("--MAUVE_prefix", default=_PREFIX, help="what the texts begin with, or a file with one such prefix a line")
     own = parser.add_argument_group("options of this package")
+    for option in fields(TrainingOptions):
+        if option.name not in _MAPPED:
+            published = _PUBLISHED.get(option.name)
+            _add_training_option(parser if published else own, published or f"--{option.name}", option)
     own.add_argument("--data", default="staicc", help="staicc, or a folder with a TASK.jsonl or TASK.csv")
     own.add_argument("--output_dir", default=None, help="default: runs/MODEL-INDEX-METHOD-seedS")
     own.add_argument("--limit", type=int, default=None, help="queries per test, at most")
@@ -101,23 +135,34 @@ def _experiment_options(options: argparse.Namespace) -> ExperimentOptions:
     task = get_task(options.ICL_dataset_index).name
     if options.data != "staicc" and not Path(options.data).is_dir():
         raise ValueError(f"--data {options.data!r} is neither staicc nor a folder")
-    adaption = {"None": "none", "P": "P", "PID": "PID"}[options.self_adaption_loss]
+    training = {option.name: getattr(options, option.name) for option in fields(TrainingOptions)
+                if option.name not in _MAPPED}  # fmt: skip
+    training |= {"lora": options.quantized, "adaption": _ADAPTIONS[options.self_adaption_loss]}
+    if training["adaption"] == "P":
+        training["pid_proportional"] = options.loss_adaption_factor_for_P
     name = f"{Path(options.ICL_model_name).name}-{options.ICL_dataset_index}-{options.method}-seed{options.random_seed}"
     # Without a test before training the method is the only row.
-    methods = ([] if options.no_fore_test else ["vanilla"]) + [options.method.lower()]
+    methods = ([] if options.no_fore_test else ["vanilla"]) + [_METHODS[options.method]]
     return ExperimentOptions(
-        model=options.ICL_model_name, output_dir=options.output_dir or str(Path("runs") / name), data=options.data,
-        tasks=_tasks(options, task), train_tasks=[task], methods=methods, tests=[options.test_type],
-        test_trained=not options.no_post_test, generalization=options.generalization_test, k=options.ICL_k,
-        num_prompts=[options.train_sample_num], seeds=[options.random_seed], limit=options.limit,
-        learning_rate=options.lr, num_train_epochs=options.epoch, pseudo_batch_size=options.pseudo_batch_size,
-        wrong_penalty=options.wrong_label_penalty, correct_award=options.correct_label_award, adaption=adaption,
-        pid_proportional=options.loss_adaption_factor_for_P if adaption == "P" else options.PID_param_P,
-        pid_integral=options.PID_param_I, pid_derivative=options.PID_param_D,
-        restricted_gradient=options.restricted_gradient, lora=options.quantized, lora_r=options.lora_r,
-        load_in_4bit=options.quantized, keep_weights=options.MAUVE_test or not options.dont_save_model,
-        quiet=options.quiet, batch_size=_largest_batch(options.pseudo_batch_size),
-    )  # fmt: skip
+        model=options.ICL_model_name,
+        output_dir=options.output_dir or str(Path("runs") / name),
+        data=options.data,
+        tasks=_tasks(options, task),
+        train_tasks=[task],
+        methods=methods,
+        tests=[options.test_type],
+        test_trained=not options.no_post_test,
+        generalization=options.generalization_test,
+        k=options.ICL_k,
+        num_prompts=[options.train_sample_num],
+        seeds=[options.random_seed],
+        limit=options.limit,
+        load_in_4bit=options.quantized,
+        keep_weights=options.MAUVE_test or not options.dont_save_model,
+        quiet=options.quiet,
+        batch_size=_largest_batch(options.pseudo_batch_size),
+        **training,
+    )
 
 
 def _largest_batch(pseudo_batch_size: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from abft.demo.corpus import DEMO_K, DEMO_TASK, demo_splits
 from abft.evaluation.classification import evaluate
@@ -23,8 +23,7 @@ from abft.plots import accuracy_figure, head_figure, metrics_table, training_fig
 from abft.prompts.builder import PromptBuilder, PromptSet, sample_prompts
 from abft.provenance import versions
 from abft.training.config import ABFTConfig
-from abft.training.progress import TrainingProgress
-from abft.training.trainer import ABFTTrainer
+from abft.training.fit import fit
 
 __all__ = ["MODEL", "DemoSettings", "run_demo"]
 
@@ -65,18 +64,20 @@ def _measure(model: Any, draw: _Seed, settings: DemoSettings, progress: bool) ->
 
 def _train(method: str, seed: int, draw: _Seed, settings: DemoSettings, progress: bool) -> dict[str, Any]:
     config = ABFTConfig(
-        output_dir=str(draw.folder / method), method=method, learning_rate=settings.learning_rate, seed=seed,  # type: ignore[arg-type]
-        per_device_train_batch_size=settings.batch_size, save_strategy="no", disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
-    bar = TrainingProgress(f"seed {seed}: {method.upper()}", enabled=progress)
-    trainer = ABFTTrainer(_load_model(), config, draw.train, draw.builder, callbacks=[bar])
-    for noisy in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(noisy)
-    trainer.train()
-    trainer.save_model()
-    result = _measure(trainer.model, draw, settings, progress)
-    result["history"] = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return result
+        output_dir=str(draw.folder / method),
+        method=method,
+        learning_rate=settings.learning_rate,
+        seed=seed,
+        per_device_train_batch_size=settings.batch_size,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    label = f"seed {seed}: {method.upper()}"
+    done = fit(
+        _load_model(), config, draw.train, draw.builder, label=label, progress=progress, save_to=config.output_dir
+    )
+    return {**_measure(done.trainer.model, draw, settings, progress), "history": done.history}
 
 
 def _stored(path: Path, settings: DemoSettings) -> dict[str, Any] | None:

@@ -1,10 +1,10 @@
-"""Experiments: methods × tasks × training sizes × seeds, each trained and tested once, and gone on with if interrupted.
+"""Experiments: methods × tasks × training sizes × seeds, each trained and tested once, resumed if interrupted.
 
     runs/abft-SST2-n512-seed0/run.json      results, training history, provenance
     runs/abft-SST2-n512-seed0/weights/      what was trained, with a model card
     experiment.json                         the settings, and which runs there are
 
-What `abft.experiments.report` shows is read from these files alone.
+`abft.experiments.report` reads these files alone.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from __future__ import annotations
 import gc
 import os
 import random
-import resource
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import AutoConfig
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from abft.demo.corpus import DEMO_TASKS, demo_splits
 from abft.demo.run import MODEL as DEMO_MODEL
@@ -36,10 +33,10 @@ from abft.models.loading import context_of, default_device, load_base, load_toke
 from abft.models.weights import from_pretrained
 from abft.prompts.builder import PromptSet, sample_prompts
 from abft.prompts.tasks import get_task
-from abft.provenance import provenance
+from abft.provenance import peak_memory, provenance, reset_peak_memory
 from abft.training.config import ABFTConfig
-from abft.training.progress import TrainingProgress
-from abft.training.trainer import ABFTTrainer, last_complete_checkpoint
+from abft.training.fit import fit
+from abft.training.options import TrainingOptions
 
 __all__ = ["PAPER_TASKS", "Experiment", "ExperimentOptions"]
 
@@ -52,11 +49,13 @@ def _help(text: str) -> dict[str, str]:
 
 
 @dataclass(kw_only=True)
-class ExperimentOptions:
-    """Methods × tasks × training sizes × seeds: train, test, and report."""
+class RunOptions:
+    """The runs of an experiment: model, data, methods, tests, and what is kept."""
 
     model: str = field(metadata=_help("base model: a local folder, a name on the Hub, or demo for the built-in one"))
-    output_dir: str = field(metadata=_help("folder of the runs; what it already holds is kept and gone on with"))
+    output_dir: str = field(
+        metadata=_help("folder of the runs; what it already holds is kept, and an interrupted run resumes")
+    )
     data: str = field(
         default="staicc",
         metadata=_help(
@@ -85,20 +84,8 @@ class ExperimentOptions:
     )
     staicc_compat: bool = field(default=False, metadata=_help("reproduce StaICC 0.1.1's own numbers, faults included"))
     staicc_labels: bool = field(default=False, metadata=_help("StaICC 0.1.1's words for SUBJ, false and true"))
-    learning_rate: float | None = field(default=None, metadata=_help("default: 2e-5 (full), 1e-4 (LoRA)"))
-    num_train_epochs: float = field(default=2, metadata=_help("passes over the training prompts"))
-    pseudo_batch_size: int = field(default=32, metadata=_help("prompts averaged for one optimizer step"))
     batch_size: int = field(default=8, metadata=_help("training prompts per pass"))
     eval_batch_size: int = field(default=32, metadata=_help("test prompts per pass"))
-    wrong_penalty: float = field(default=0.5, metadata=_help("A"))
-    correct_award: float = field(default=1.0, metadata=_help("B"))
-    adaption: str = field(default="PID", metadata=_help("what steers A: PID, P or none"))
-    pid_proportional: float = field(default=0.03, metadata=_help("Cp"))
-    pid_integral: float = field(default=0.005, metadata=_help("Ci"))
-    pid_derivative: float = field(default=0.005, metadata=_help("Cd"))
-    restricted_gradient: bool = field(default=False, metadata=_help("a head's loss trains its own layer alone"))
-    lora: bool = field(default=False, metadata=_help("train LoRA adapters instead of W_Q and W_K"))
-    lora_r: int = field(default=16, metadata=_help("rank of LoRA"))
     load_in_4bit: bool = field(default=False, metadata=_help("the base in 4-bit NF4; with --lora True"))
     dtype: str = field(
         default="auto", metadata=_help("float32, bfloat16 or float16; auto: float32, with LoRA the model's own")
@@ -107,75 +94,67 @@ class ExperimentOptions:
     quiet: bool = field(default=False, metadata=_help("no progress bars"))
 
 
-# What a run's results do not depend on, or what its key says.
+@dataclass(kw_only=True)
+class ExperimentOptions(TrainingOptions, RunOptions):
+    """Methods × tasks × training sizes × seeds: train, test, and report."""
+
+
+# Results do not depend on these options, or the key of the run holds them.
 _NOT_SETTINGS = {"output_dir", "tasks", "train_tasks", "test_trained", "methods", "tests", "generalization",
                  "num_prompts", "seeds", "eval_batch_size", "keep_weights", "quiet"}  # fmt: skip
+# A run that was stored before an option existed was made with its default.
+_DEFAULTS = {option.name: option.default for option in fields(ExperimentOptions)}
 
 
 class Experiment:
-    """Checks everything, then runs what is not done yet.
+    """An experiment that is checked when it is made; :meth:`run` does what is missing in its folder.
 
     Args:
         options: of the experiment.
 
     Raises:
-        ValueError, OSError: an option, a task, its data or the folder is not fit; nothing has been run or written then.
+        ValueError, OSError: an option, a task, its data or the folder cannot be used; nothing has been run or written.
     """
 
     def __init__(self, options: ExperimentOptions) -> None:
         self.options = options
-        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-            raise ValueError(
-                f"an experiment runs in one process, here are {processes}; train with `torchrun … abft train` and "
-                "compare with `abft eval`, or run one experiment per GPU with other --train_tasks"
-            )
+        _check_one_process()
         self.methods = resolve_methods(options.methods)
-        check_tests(options.tests)
-        if options.load_in_4bit and not options.lora:
-            raise ValueError("--load_in_4bit freezes W_Q and W_K: train adapters on them with --lora True")
-        for name, values in (("seeds", options.seeds), ("num_prompts", options.num_prompts)):
-            if not values or len(set(values)) != len(values) or (name == "num_prompts" and min(values) < 1):
-                raise ValueError(f"{name} must be one or more different numbers (of prompts: above 0), got {values}")
-        if options.limit is not None and options.limit < 1:
-            raise ValueError(f"limit must be 1 or more, got {options.limit}")
-        if options.staicc_compat and set(options.tests) - {"Normal"}:
-            raise ValueError("staicc_compat reproduces StaICC's Normal test alone; give --tests Normal")
-        if options.staicc_compat and any(method.name == "calibration" for method in self.methods):
-            raise ValueError("staicc_compat reproduces the uncalibrated test; leave out the method calibration")
+        _check_numbers(options)
+        _check_tests(options, self.methods)
         self.model = str(DEMO_MODEL) if options.model == "demo" else options.model
         loading_arguments(options.dtype, options.load_in_4bit)
-        for method in self.methods:
-            if method.trained:
-                self._config(method, Path(options.output_dir), 0)
+        trained = [method for method in self.methods if method.trained]
+        for method in trained:
+            self._config(method, Path(options.output_dir), 0)
         self.data = {data.task.name: data for data in self._task_data()}
         for data in self.data.values():
-            if any(method.trained for method in self.methods) and max(options.num_prompts) > len(data.train):
-                raise ValueError(
-                    f"num_prompts={max(options.num_prompts)}, but task {data.task.name} has {len(data.train)} examples "
-                    "to train on; lower it"
-                )
-            if not 0 <= options.k <= min(len(data.demonstrations), len(data.train) - 1):
-                raise ValueError(
-                    f"k={options.k} is beyond the pools of task {data.task.name}: {len(data.train)} examples to train "
-                    f"on and {len(data.demonstrations)} demonstrations; lower k"
-                )
-        tokenizer = load_tokenizer(self.model)
-        length = context_of(AutoConfig.from_pretrained(self.model))
-        self.suites = {
-            name: TaskSuite(data, tokenizer, options.k, length, options.limit, options.staicc_compat)
-            for name, data in self.data.items()
-        }
+            _check_pools(data, options, trains=bool(trained))
+        self.suites = self._suites()
         self.keys = self._run_keys()
-        for (
-            suite
-        ) in self.suites.values():  # labels that this tokenizer cannot tell apart, or too long prompts, show now
-            _ = suite.normal
         for key in {(key.task, key.num_prompts, key.seed): key for key in self.keys if key.num_prompts}.values():
             self._training_prompts(key)
         self.settings = {name: value for name, value in asdict(options).items() if name not in _NOT_SETTINGS}
         self.output = check_writable(options.output_dir)
         for key in self.keys:
             self._stored(key)
+
+    def _suites(self) -> dict[str, TaskSuite]:
+        """Return the tests of each task, with the prompts of the Normal test made.
+
+        Raises:
+            ValueError: labels that the tokenizer cannot tell apart, or prompts beyond the model's context.
+        """
+        options = self.options
+        tokenizer = load_tokenizer(self.model)
+        length = context_of(AutoConfig.from_pretrained(self.model))
+        suites = {
+            name: TaskSuite(data, tokenizer, options.k, length, options.limit, options.staicc_compat)
+            for name, data in self.data.items()
+        }
+        for suite in suites.values():
+            _ = suite.normal
+        return suites
 
     def _task_data(self) -> list[TaskData]:
         options = self.options
@@ -198,7 +177,7 @@ class Experiment:
         return [load_task_data(name, options.data, shuffle=options.published_order) for name in names]
 
     def _run_keys(self) -> list[RunKey]:
-        """Every run, the untrained model's first."""
+        """Return the key of every run, the untrained model's first."""
         keys = [RunKey("vanilla", task) for task in self.data] if any(not m.trained for m in self.methods) else []
         return keys + [
             RunKey(method.name, task, n, seed)
@@ -217,7 +196,7 @@ class Experiment:
         return [by_name[name.lower()] for name in self.options.train_tasks] or list(self.data)
 
     def _tests(self, key: RunKey) -> dict[str, list[str]]:
-        """Task → tests that the run is to have."""
+        """Return the tests that the run must have, by task."""
         untrained = not METHODS[key.method].trained
         if not untrained and not self.options.test_trained:
             return {key.task: []}
@@ -232,17 +211,18 @@ class Experiment:
         found = read_run(self.output / "runs" / key.folder)
         if found is None:
             return None
-        differing = [name for name, value in self.settings.items() if found.settings.get(name) != value]
+        then = {name: found.settings.get(name, _DEFAULTS[name]) for name in self.settings}
+        differing = [name for name, value in self.settings.items() if then[name] != value]
         if differing or found.key != key:
             what = differing[0] if differing else "key"
             raise ValueError(
-                f"{self.output / 'runs' / key.folder} was made with {what}={found.settings.get(what)!r}, now it is "
-                f"{self.settings.get(what)!r}; choose another --output_dir"
+                f"{self.output / 'runs' / key.folder} was made with {what}={then.get(what, found.key)!r}, now it is "
+                f"{self.settings.get(what, key)!r}; choose another --output_dir"
             )
         return found
 
     def run(self) -> list[Run]:
-        """Trains and tests what is missing; the runs in their order."""
+        """Train and test what is missing; return the runs in their order."""
         console = Console()
         content: dict[str, Any] = {
             "format_version": FORMAT_VERSION, "settings": self.settings, "tasks": list(self.data),
@@ -281,7 +261,7 @@ class Experiment:
         trained = METHODS[key.method].trained
         if not wanted and (run.training is not None or not trained):
             return run
-        _reset_peak_memory()
+        reset_peak_memory()
         if trained and run.training is None:
             model, run.training = self._train(key, folder, label)
             run.provenance = provenance()
@@ -301,20 +281,20 @@ class Experiment:
             )
             run.tests[task] = {**run.tests.get(task, {}), **found}
         run.provenance = {
-            **provenance(), "evaluation_seconds": time.perf_counter() - started, "peak_memory_bytes": _peak_memory(),
+            **provenance(), "evaluation_seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(),
         }  # fmt: skip
         run.write(folder)
         if trained and self.options.keep_weights:
             write_card(folder / "weights", run, self.options.model)
         elif trained:
             shutil.rmtree(folder / "weights", ignore_errors=True)
-        shutil.rmtree(folder / "training", ignore_errors=True)  # checkpoints, needed no more
+        shutil.rmtree(folder / "training", ignore_errors=True)  # checkpoints, no longer needed
         del model
         gc.collect()
         return run
 
     def loading(self) -> dict[str, Any]:
-        """How the trained models are loaded."""
+        """Return the arguments that load a trained model."""
         return loading_arguments(self._training_dtype(), self.options.load_in_4bit)
 
     def _training_dtype(self) -> str:
@@ -322,17 +302,15 @@ class Experiment:
         return "float32" if full else self.options.dtype  # bfloat16 would round most of the updates away
 
     def _config(self, method: Method, folder: Path, seed: int) -> ABFTConfig:
-        options = self.options
-        shared = {
-            name: getattr(options, name)
-            for name in ("learning_rate", "num_train_epochs", "pseudo_batch_size", "wrong_penalty", "correct_award",
-                         "adaption", "pid_proportional", "pid_integral", "pid_derivative", "restricted_gradient",
-                         "lora", "lora_r")
-        }  # fmt: skip
+        shared = {option.name: getattr(self.options, option.name) for option in fields(TrainingOptions)}
         return ABFTConfig(
-            output_dir=str(folder), seed=seed, per_device_train_batch_size=options.batch_size, save_total_limit=1,
-            disable_tqdm=True, **{**shared, **(method.options or {})},
-        )  # fmt: skip
+            output_dir=str(folder),
+            seed=seed,
+            per_device_train_batch_size=self.options.batch_size,
+            save_total_limit=1,
+            disable_tqdm=True,
+            **{**shared, **(method.options or {})},
+        )
 
     def _training_prompts(self, key: RunKey) -> PromptSet:
         train = self.data[key.task].train
@@ -340,36 +318,63 @@ class Experiment:
         return sample_prompts(self.suites[key.task].builder, queries, train, self.options.k, key.seed)
 
     def _train(self, key: RunKey, folder: Path, label: str) -> tuple[Any, dict[str, Any]]:
-        """The trained model, saved, and what training was like."""
+        """Return the trained model, its weights saved, and a record of the training."""
         model = load_base(self.model, dtype=self._training_dtype(), load_in_4bit=self.options.load_in_4bit)
-        config = self._config(METHODS[key.method], folder / "training", key.seed)
-        bar = TrainingProgress(label, enabled=not self.options.quiet)
-        trainer = ABFTTrainer(
-            model, config, self._training_prompts(key), self.suites[key.task].builder, callbacks=[bar]
-        )  # fmt: skip
-        for noisy in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(noisy)
-        checkpoint = last_complete_checkpoint(folder / "training")
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(str(folder / "weights"))
-        history = trainer.state.log_history
-        summary = next(entry for entry in reversed(history) if "train_runtime" in entry)
-        return trainer.model, {
-            "seconds": summary["train_runtime"],
-            "resumed": checkpoint is not None,
-            "steps": trainer.state.global_step,
-            "peak_memory_bytes": _peak_memory(),
-            "history": [entry for entry in history if "loss" in entry],
+        done = fit(
+            model,
+            self._config(METHODS[key.method], folder / "training", key.seed),
+            self._training_prompts(key),
+            self.suites[key.task].builder,
+            label=label,
+            progress=not self.options.quiet,
+            save_to=folder / "weights",
+        )
+        return done.trainer.model, {
+            "seconds": done.seconds,
+            "resumed": done.checkpoint is not None,
+            "steps": done.trainer.state.global_step,
+            "peak_memory_bytes": peak_memory(),
+            "history": done.history,
         }
 
 
-def _reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def _check_one_process() -> None:
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"an experiment runs in one process, here are {processes}; train with `torchrun … abft train` and "
+            "compare with `abft eval`, or run one experiment per GPU with other --train_tasks"
+        )
 
 
-def _peak_memory() -> int:
-    """Bytes: of the GPU since the last reset, or of the whole process since it began."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _check_numbers(options: ExperimentOptions) -> None:
+    """Raise ValueError for a number out of its range, or a 4-bit base without adapters."""
+    if options.load_in_4bit and not options.lora:
+        raise ValueError("--load_in_4bit freezes W_Q and W_K: train adapters on them with --lora True")
+    for name, values in (("seeds", options.seeds), ("num_prompts", options.num_prompts)):
+        if not values or len(set(values)) != len(values) or (name == "num_prompts" and min(values) < 1):
+            raise ValueError(f"{name} must be one or more different numbers (of prompts: above 0), got {values}")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"limit must be 1 or more, got {options.limit}")
+
+
+def _check_tests(options: ExperimentOptions, methods: list[Method]) -> None:
+    """Raise ValueError for an unknown test, or one that StaICC's own numbers exclude."""
+    check_tests(options.tests)
+    if options.staicc_compat and set(options.tests) - {"Normal"}:
+        raise ValueError("staicc_compat reproduces StaICC's Normal test alone; give --tests Normal")
+    if options.staicc_compat and any(method.name == "calibration" for method in methods):
+        raise ValueError("staicc_compat reproduces the uncalibrated test; leave out the method calibration")
+
+
+def _check_pools(data: TaskData, options: ExperimentOptions, trains: bool) -> None:
+    """Raise ValueError if the task has too few examples for the training prompts or the demonstrations."""
+    if trains and max(options.num_prompts) > len(data.train):
+        raise ValueError(
+            f"num_prompts={max(options.num_prompts)}, but task {data.task.name} has {len(data.train)} examples "
+            "to train on; lower it"
+        )
+    if not 0 <= options.k <= min(len(data.demonstrations), len(data.train) - 1):
+        raise ValueError(
+            f"k={options.k} is beyond the pools of task {data.task.name}: {len(data.train)} examples to train "
+            f"on and {len(data.demonstrations)} demonstrations; lower k"
+        )

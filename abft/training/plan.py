@@ -8,7 +8,6 @@ is local.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +21,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abft.models.attention import ATTENTION, check_architecture
-from abft.models.masses import forward, layer_masses
+from abft.models.loading import context_of
+from abft.models.masses import layer_masses
 from abft.models.projections import lora_qk, train_qk
+from abft.training.objectives.objective import Objective
+from abft.training.objectives.registry import DEFAULT, plan_modes
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "modes", "plan"]
 
-MODES = ("full", "restricted", "e2e", "inference")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "nf4": torch.bfloat16}
 # 4-bit weights; a byte of scale for each 64; and of the scales themselves a float32 for each 256.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -100,41 +101,59 @@ class _Peak(TorchDispatchMode):
         return result
 
 
-def _step(model: Any, tokens: int, mode: str) -> Callable[[], Any]:
-    """A step on one prompt of `tokens` tokens; returns what it holds at its end."""
-    ids = torch.zeros(1, tokens, dtype=torch.long)
-    masses: dict[str, Any] = {"input_ids": ids, "key_groups": ids, "query_positions": torch.full((1, 1), tokens - 1)}
+@dataclass(frozen=True)
+class _Mode:
+    """What a run does: a step of an objective, or inference.
 
-    def backward(mass: Tensor) -> Tensor:
-        mass.sum().backward()
-        return mass.detach()
+    Args:
+        objective: None for inference.
+        restricted: with restricted gradients.
+    """
 
-    def step() -> Any:
-        if mode == "inference":
-            with torch.no_grad():
-                return layer_masses(model, **masses)
-        if mode == "restricted":
-            return layer_masses(model, **masses, detach=True, on_mass=backward)
-        if mode == "full":
-            total = torch.stack([mass.sum() for mass in layer_masses(model, **masses)]).sum()
-            return total.backward()
-        return forward(model, input_ids=ids, logits_to_keep=1).logits.float().sum().backward()
+    objective: type[Objective] | None
+    restricted: bool = False
 
-    return step
+    @property
+    def through_layers(self) -> bool:
+        """True if gradients flow from layer to layer: then activations can be recomputed, and FSDP can shard."""
+        return self.objective is not None and not self.restricted
+
+    def step(self, model: Any, tokens: int) -> Any:
+        """Run on one sample of `tokens` tokens; return what is held at the end."""
+        if self.objective is not None:
+            return self.objective.trial_step(model, tokens, self.restricted)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        with torch.no_grad():
+            return layer_masses(model, input_ids=ids, key_groups=ids, query_positions=torch.full((1, 1), tokens - 1))
+
+    def options(self) -> list[str]:
+        """Return the options of `abft train`."""
+        assert self.objective is not None
+        method = [] if self.objective.name == DEFAULT else [f"--method {self.objective.name}"]
+        return [*method, *(["--restricted_gradient True"] if self.restricted else [])]
 
 
-def _activations(model: Any, tokens: int, mode: str) -> int:
-    """Most bytes that a step holds beside weights and gradients."""
+def _modes() -> dict[str, _Mode]:
+    return {**{name: _Mode(*found) for name, found in plan_modes().items()}, "inference": _Mode(None)}
+
+
+def modes() -> tuple[str, ...]:
+    """Return the modes that can be planned."""
+    return tuple(_modes())
+
+
+def _activations(model: Any, tokens: int, mode: _Mode) -> int:
+    """Return the most bytes that a step holds beside weights and gradients."""
     for parameter in model.parameters():
         parameter.grad = None
     with _Peak([*model.parameters(), *model.buffers()]) as peak:
-        _step(model, tokens, mode)()
+        mode.step(model, tokens)
     gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
     return peak.peak - gradients
 
 
 def _weights(model: Any, precision: str) -> tuple[float, float]:
-    """Bytes of the weights as they lie in memory, and of the largest that is unpacked at a time."""
+    """Return the bytes of the weights in memory, and of the largest that is unpacked at a time."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     packed, largest = 0.0, 0.0
     if precision == "nf4":
@@ -160,12 +179,13 @@ def plan(
     gpus: int = 1,
     gpu_memory: float = 80.0,
 ) -> Plan:
-    """Plans a run of one prompt, or one pack of prompts, of `context` tokens a pass.
+    """Plan a run with passes of `context` tokens: one prompt, or packed prompts.
 
     Args:
         model: model folder, its `config.json`, or a name on the Hugging Face Hub.
         context: tokens of a pass.
-        mode: `"full"` or `"restricted"` gradients of ABFT, `"e2e"`, or `"inference"` (evaluation).
+        mode: `"full"` or `"restricted"` gradients of ABFT, `"e2e"`, `"inference"` (evaluation), or a mode of an
+            objective that was registered; see :func:`modes`.
         precision: of the base: `"float32"`, `"bfloat16"`, `"float16"`, or `"nf4"` (with LoRA).
         lora, lora_r: adapters on q and k in place of W_Q and W_K; their rank.
         gradient_checkpointing: recompute each layer in the backward pass.
@@ -176,7 +196,7 @@ def plan(
         OSError: no such configuration.
         NotImplementedError: a model that the attention does not serve.
     """
-    for name, value, allowed in (("mode", mode, MODES), ("precision", precision, tuple(DTYPES))):
+    for name, value, allowed in (("mode", mode, modes()), ("precision", precision, tuple(DTYPES))):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     if context < 2 or gpus < 1 or gpu_memory <= 0:
@@ -185,10 +205,11 @@ def plan(
             f"{gpu_memory}"
         )
     config = AutoConfig.from_pretrained(model)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    limit = context_of(config) or 1 << 20
+    run = _modes()[mode]
     if context > limit:
         raise ValueError(f"context={context} is beyond the model's {limit} tokens; lower it")
-    checkpointed = gradient_checkpointing and mode in ("full", "e2e")
+    checkpointed = gradient_checkpointing and run.through_layers
     lora = lora or precision == "nf4"
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=DTYPES[precision])
@@ -198,7 +219,7 @@ def plan(
         train_qk(base)
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole.to_empty(device="cpu")
-        whole.train(mode != "inference")
+        whole.train(run.objective is not None)
         if checkpointed:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         weights, unpacked = _weights(base, precision)
@@ -207,15 +228,15 @@ def plan(
         # Linear in the tokens from some hundreds on; two points give the line.
         low, high = min(context, 1024), min(max(context, 2048), limit)
         try:
-            at_low, at_high = (_activations(whole, tokens, mode) for tokens in (low, high))
-            here = at_high if context == high else _activations(whole, context, mode)
+            at_low, at_high = (_activations(whole, tokens, run) for tokens in (low, high))
+            here = at_high if context == high else _activations(whole, context, run)
         except RuntimeError as error:  # operators that PyTorch has no shapes for: mixtures of experts in float32
             raise NotImplementedError(
                 f"PyTorch cannot run {type(base).__name__} in {precision} on shapes alone ({error}); try bfloat16"
             ) from error
     slope = (at_high - at_low) / max(1, high - low)
-    kept = 0.0 if mode == "inference" else 3.0 * trained  # gradient, and Adam's two moments
-    strategy, split = _strategy(mode, gpus, weights + kept + here + unpacked + RESERVED, gpu_memory * GIB)
+    kept = 0.0 if run.objective is None else 3.0 * trained  # gradient, and Adam's two moments
+    strategy, split = _strategy(run, gpus, weights + kept + here + unpacked + RESERVED, gpu_memory * GIB)
     gathered = 2 * weights / layers if strategy == "FSDP 2" else 0.0  # a layer in use, and the next one
     parts = {
         "weights": weights / split, "gradients and Adam": kept / split, "activations": float(here),
@@ -233,30 +254,30 @@ def plan(
         notes.append(f"the longest context is the model's own ({limit:,})")
     return Plan(
         parts, total, gpu_memory * GIB, context, max(0, longest), strategy,
-        _command(model, mode, precision, lora, checkpointed, context, strategy, gpus), tuple(notes),
+        _command(model, run, precision, lora, checkpointed, context, strategy, gpus), tuple(notes),
     )  # fmt: skip
 
 
-def _strategy(mode: str, gpus: int, alone: float, capacity: float) -> tuple[str, int]:
-    """How several GPUs share the work, and the parts that the weights are split into."""
+def _strategy(mode: _Mode, gpus: int, alone: float, capacity: float) -> tuple[str, int]:
+    """Return how several GPUs share the work, and the number of parts that the weights are split into."""
     if gpus == 1:
         return "one GPU", 1
     if alone <= capacity:
         return "data parallel", 1
-    return ("FSDP 2", gpus) if mode in ("full", "e2e") else ("tensor parallel", gpus)
+    return ("FSDP 2", gpus) if mode.through_layers else ("tensor parallel", gpus)
 
 
 def _command(
-    model: str, mode: str, precision: str, lora: bool, checkpointed: bool, context: int, strategy: str, gpus: int
+    model: str, mode: _Mode, precision: str, lora: bool, checkpointed: bool, context: int, strategy: str, gpus: int
 ) -> str:
-    """The launch line, but for the data."""
+    """Return the launch line, without the data."""
     start = "abft" if gpus == 1 else f"torchrun --nproc_per_node {gpus} -m abft.cli"
-    if mode == "inference":
+    if mode.objective is None:
         return f"{start} eval --model {model} …"
     # Under FSDP all processes must take as many passes.
     passes = "--per_device_train_batch_size 1" if strategy == "FSDP 2" else f"--tokens_per_batch {context}"
     options = [f"--packing True {passes}"]
-    options += {"restricted": ["--restricted_gradient True"], "e2e": ["--method e2e"]}.get(mode, [])
+    options += mode.options()
     options += ["--lora True"] if lora else []
     options += ["--load_in_4bit True"] if precision == "nf4" else [f"--dtype {precision}"]
     if checkpointed:

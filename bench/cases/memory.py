@@ -16,7 +16,6 @@ import gc
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from abft.files import write_json
+from abft.provenance import resident_peak
 from bench.record import provenance, spread
 
 name = "memory"
@@ -43,10 +43,6 @@ def _status(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1]) << 10
     raise RuntimeError(f"no {field} in /proc/self/status")
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def _reset_peak() -> bool:
@@ -100,11 +96,11 @@ def measure(make: Callable[[int], Callable[[], None]], length: int) -> dict[str,
     step = make(length)
     gc.collect()
     reset = _reset_peak()
-    before = _status("VmRSS") if reset else _peak()
+    before = _status("VmRSS") if reset else resident_peak()
     start = time.perf_counter()
     step()
     seconds = time.perf_counter() - start
-    after = _status("VmHWM") if reset else _peak()  # ru_maxrss does not follow the reset on every kernel
+    after = _status("VmHWM") if reset else resident_peak()  # ru_maxrss does not follow the reset on every kernel
     return {"bytes": max(0, after - before), "seconds": seconds}
 
 

@@ -1,0 +1,107 @@
+"""ABFT: the attention loss of arXiv 2505.14233 with its penalty steered by the number of induction heads."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abft.losses import HeadCountController, abft_loss
+from abft.training.objectives.objective import Batch, MassObjective, SampleLosses
+from abft.training.options import TrainingOptions
+
+__all__ = ["AttentionBehavior"]
+
+
+class AttentionBehavior(MassObjective):
+    """The ABFT loss (:func:`abft.abft_loss`); a controller sets A after each optimizer step.
+
+    Attributes:
+        controller: holds A and the induction heads per prompt of each step.
+    """
+
+    name = "abft"
+    description = "attention mass on correct labels (the paper's method)"
+
+    def __init__(self, options: TrainingOptions) -> None:
+        super().__init__(options)
+        self.controller = HeadCountController(
+            options.wrong_penalty,
+            options.adaption,
+            options.pid_proportional,
+            options.pid_integral,
+            options.pid_derivative,
+        )
+        self._warned = False
+
+    @classmethod
+    def plan_modes(cls) -> dict[str, bool]:
+        return {"full": False, "restricted": True}
+
+    @classmethod
+    def check_options(cls, options: TrainingOptions) -> None:
+        super().check_options(options)
+        for name in ("wrong_penalty", "correct_award"):
+            if getattr(options, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(options, name)}")
+
+    @classmethod
+    def mixing(cls, options: TrainingOptions) -> tuple[str, ...]:
+        return ("per_head_mean",) if options.per_head_mean else ()
+
+    def losses(self, outputs: Sequence[Tensor], batch: Batch) -> SampleLosses:
+        result = abft_loss(
+            outputs,
+            batch["correct_demonstrations"],
+            batch["demonstrations"],
+            batch["prompt_lengths"],
+            wrong_penalty=self.controller.wrong_penalty,
+            correct_award=self.options.correct_award,
+            head_filter=self.options.head_filter,
+            per_head_mean=self.options.per_head_mean,
+            row_weights=batch.get("row_weights"),
+        )
+        heads = result.head_counts.sum().to(torch.float32)
+        statistics = {
+            "heads": heads,
+            "mass_correct": torch.nan_to_num(result.mass_correct) * heads,
+            "mass_wrong": torch.nan_to_num(result.mass_wrong) * heads,
+        }
+        return SampleLosses(result.per_prompt, statistics)
+
+    def end_step(self, sums: Mapping[str, float], samples: float) -> dict[str, float]:
+        used_penalty = self.controller.wrong_penalty
+        head_count = sums["heads"] / samples
+        self.controller.update(head_count)
+        self._warn_of_collapse(head_count)
+        heads = max(sums["heads"], 1.0)
+        return {
+            "induction_heads": head_count,
+            "wrong_penalty": used_penalty,
+            "mass_correct": sums["mass_correct"] / heads,
+            "mass_wrong": sums["mass_wrong"] / heads,
+        }
+
+    def _warn_of_collapse(self, head_count: float) -> None:
+        """Warn once if hardly any head passes the filter."""
+        if self._warned or not self.controller.collapsed:
+            return
+        self._warned = True
+        first = self.controller.head_counts[0]
+        warnings.warn(
+            f"step {len(self.controller.head_counts)}: induction heads per prompt fell from {first:.2f} to "
+            f"{head_count:.2f}; attention is collapsing. Lower the learning rate (now {self.options.learning_rate:g})"
+            if first
+            else "no head passes the induction-head filter, so nothing is trained: this model does not look at label "
+            "tokens, or at the keys of targets. Use a larger model, more demonstrations, or head_filter=False",
+            stacklevel=2,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.controller.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.controller.load_state_dict(dict(state))

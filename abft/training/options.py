@@ -1,0 +1,47 @@
+"""Options that every command which trains takes: `abft train`, `abft experiment` and `abft prototype`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from abft.losses import Adaption
+
+__all__ = ["TrainingOptions"]
+
+
+@dataclass
+class TrainingOptions:
+    """The options of the paper's training, with its defaults. An option added here appears in every command.
+
+    Args:
+        learning_rate: None for the paper's 2e-5 (full) or 1e-4 (LoRA).
+        num_train_epochs: passes over the training prompts.
+        pseudo_batch_size: prompts whose gradients are averaged for one optimizer step, over all processes.
+        wrong_penalty: A, weight of the mass on wrong labels; its first value if it is adapted.
+        correct_award: B, weight of the mass missing on correct labels.
+        adaption: what steers A by the number of induction heads: `"PID"`, `"P"` or `"none"`.
+        pid_proportional, pid_integral, pid_derivative: its factors Cp, Ci, Cd.
+        head_filter: train induction heads only.
+        per_head_mean: divide a prompt's loss by its number of induction heads.
+        restricted_gradient: a head's loss trains its own layer's W_Q and W_K alone: hidden states carry no gradient.
+            Each layer's gradient is taken and freed inside the forward pass, at about the memory of inference.
+        lora: train LoRA adapters on the q and k projections instead of W_Q and W_K themselves.
+        lora_r: rank of LoRA.
+    """
+
+    learning_rate: float | None = field(default=None, metadata={"help": "None: 2e-5 (full), 1e-4 (LoRA)"})
+    num_train_epochs: float = field(default=2, metadata={"help": "passes over the training prompts"})
+    pseudo_batch_size: int = field(default=32, metadata={"help": "prompts averaged for one optimizer step"})
+    wrong_penalty: float = field(default=0.5, metadata={"help": "A: weight of the mass on wrong labels"})
+    correct_award: float = field(default=1.0, metadata={"help": "B: weight of the mass missing on correct labels"})
+    adaption: Adaption = field(default="PID", metadata={"help": "what steers A: PID, P or none"})
+    pid_proportional: float = field(default=0.03, metadata={"help": "Cp"})
+    pid_integral: float = field(default=0.005, metadata={"help": "Ci"})
+    pid_derivative: float = field(default=0.005, metadata={"help": "Cd"})
+    head_filter: bool = field(default=True, metadata={"help": "train induction heads only"})
+    per_head_mean: bool = field(default=False, metadata={"help": "divide by the number of induction heads"})
+    restricted_gradient: bool = field(
+        default=False, metadata={"help": "a head's loss trains its own layer alone, at the memory of inference"}
+    )
+    lora: bool = field(default=False, metadata={"help": "train LoRA adapters on q and k instead of W_Q and W_K"})
+    lora_r: int = field(default=16, metadata={"help": "rank of LoRA"})
