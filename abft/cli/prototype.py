@@ -10,9 +10,9 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import Field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
@@ -33,6 +33,7 @@ from abft.training.options import TrainingOptions
 
 __all__ = ["prototype"]
 
+_TRAINING = {option.name: option for option in fields(TrainingOptions)}
 # Training option -> the published code's name for it; options without one keep their own name.
 _PUBLISHED = {
     "correct_award": "--correct_label_award",
@@ -62,22 +63,16 @@ def _switch(value: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, got {value!r}")
 
 
-def _of(name: str) -> Field[Any]:
-    return next(option for option in fields(TrainingOptions) if option.name == name)
-
-
-def _text(name: str) -> str:
-    return _of(name).metadata["help"]
-
-
-def _add_training_option(parser: Any, flag: str, option: Field[Any]) -> None:
-    """Add a training option under a flag, with the default and the help of its field."""
-    kind = get_type_hints(TrainingOptions)[option.name]
-    shared = {"dest": option.name, "default": option.default, "help": option.metadata["help"]}
-    if kind is bool:
+def _add_training_option(parser: Any, flag: str, name: str) -> None:
+    """Add a training option under a flag, with the default, the help and the choices of its field."""
+    hint = get_type_hints(TrainingOptions)[name]
+    shared = {"dest": name, "default": _TRAINING[name].default, "help": _TRAINING[name].metadata["help"]}
+    if hint is bool:
         parser.add_argument(flag, nargs="?", const=True, type=_switch, **shared)
-    else:
-        parser.add_argument(flag, type=int if kind is int else float, **shared)
+    elif get_origin(hint) is Literal:
+        parser.add_argument(flag, choices=get_args(hint), **shared)
+    else:  # a type, or a type and None
+        parser.add_argument(flag, type=(get_args(hint) or (hint,))[0], **shared)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,15 +96,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--test_type", choices=("Normal", "TempSensitivity", "DemoSensitivity"), default="Normal")
     switch("--generalization_test", "test on all tasks, not only the trained one")
     switch("--dont_save_model", "keep the results only")
-    add("--self_adaption_loss", choices=tuple(_ADAPTIONS), default=_of("adaption").default, help=_text("adaption"))
-    add("--loss_adaption_factor_for_P", type=float, default=_of("pid_proportional").default, help="Cp, with P")
+    add("--self_adaption_loss", choices=tuple(_ADAPTIONS), default=_TRAINING["adaption"].default, help="what steers A")
+    proportional = _TRAINING["pid_proportional"].default
+    add("--loss_adaption_factor_for_P", type=float, default=proportional, help="Cp, with P")
     switch("--MAUVE_test", "compare what the model writes before and after")
     add("--MAUVE_prefix", default=_PREFIX, help="what the texts begin with, or a file with one such prefix a line")
     own = parser.add_argument_group("options of this package")
-    for option in fields(TrainingOptions):
-        if option.name not in _MAPPED:
-            published = _PUBLISHED.get(option.name)
-            _add_training_option(parser if published else own, published or f"--{option.name}", option)
+    for name in _TRAINING:
+        if name not in _MAPPED:
+            published = _PUBLISHED.get(name)
+            _add_training_option(parser if published else own, published or f"--{name}", name)
     own.add_argument("--data", default="staicc", help="staicc, or a folder with a TASK.jsonl or TASK.csv")
     own.add_argument("--output_dir", default=None, help="default: runs/MODEL-INDEX-METHOD-seedS")
     own.add_argument("--limit", type=int, default=None, help="queries per test, at most")
@@ -121,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tasks(options: argparse.Namespace, own: str) -> list[str]:
-    """The task trained on, and with --generalization_test the others that there are data for."""
+    """Return the task trained on, and with --generalization_test the others that there are data for."""
     if not options.generalization_test:
         return [own]
     others: Sequence[str] = PAPER_TASKS
@@ -135,8 +131,7 @@ def _experiment_options(options: argparse.Namespace) -> ExperimentOptions:
     task = get_task(options.ICL_dataset_index).name
     if options.data != "staicc" and not Path(options.data).is_dir():
         raise ValueError(f"--data {options.data!r} is neither staicc nor a folder")
-    training = {option.name: getattr(options, option.name) for option in fields(TrainingOptions)
-                if option.name not in _MAPPED}  # fmt: skip
+    training = {name: getattr(options, name) for name in _TRAINING if name not in _MAPPED}
     training |= {"lora": options.quantized, "adaption": _ADAPTIONS[options.self_adaption_loss]}
     if training["adaption"] == "P":
         training["pid_proportional"] = options.loss_adaption_factor_for_P
@@ -166,12 +161,12 @@ def _experiment_options(options: argparse.Namespace) -> ExperimentOptions:
 
 
 def _largest_batch(pseudo_batch_size: int) -> int:
-    """Prompts per pass: the largest divisor of the pseudo-batch up to 8, which changes no result."""
+    """Return the prompts per pass: the largest divisor of the pseudo-batch up to 8, which changes no result."""
     return next((size for size in range(min(8, max(pseudo_batch_size, 1)), 0, -1) if pseudo_batch_size % size == 0), 1)
 
 
 def prototype(arguments: Sequence[str]) -> int:
-    """Runs the command; returns 0."""
+    """Run the command; return 0."""
     options = _parser().parse_args(list(arguments))
     disable_progress_bar()
     prefixes = _prefixes(options.MAUVE_prefix)
@@ -204,7 +199,7 @@ def _prefixes(argument: str) -> list[str]:
 
 
 def _mauve(options: argparse.Namespace, experiment: Experiment, prefixes: list[str]) -> float:
-    """Measured once, and kept in `mauve.json`."""
+    """Return the MAUVE score, measured once and kept in `mauve.json`."""
     path = experiment.output / "mauve.json"
     features = options.mauve_feature_model or experiment.model
     asked = {"prefixes": prefixes, "feature_model": features, "texts": _TEXTS}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -24,13 +23,13 @@ class HeadCountState(TrainerCallback, ExportableState):
     Args:
         objective: of the run.
         args: options of the run.
-        accelerator: of the trainer; reduces over the processes.
+        accelerator: accelerate's `Accelerator` of the trainer; reduces over the processes.
 
     Attributes:
         logs: what the objective logs for the last step.
     """
 
-    def __init__(self, objective: Objective, args: ABFTConfig, accelerator: Accelerator) -> None:
+    def __init__(self, objective: Objective, args: ABFTConfig, accelerator: Any) -> None:
         self.objective, self.args, self.accelerator = objective, args, accelerator
         self.logs: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}

@@ -36,6 +36,7 @@ from abft.training.checks import (
     out_of_memory_advice,
 )
 from abft.training.config import ABFTConfig
+from abft.training.objectives.objective import Objective
 from abft.training.objectives.registry import objective_of
 from abft.training.steps import HeadCountState
 
@@ -64,6 +65,7 @@ class ABFTTrainer(Trainer):
     """
 
     args: ABFTConfig
+    objective: Objective
 
     def __init__(
         self,

@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
                 {
                     "world": args.world_size, "steps": args.gradient_accumulation_steps, "weights": weights,
                     "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-                    "controller": trainer.controller.state_dict(),
+                    "state": trainer.objective.state_dict(),
                     "sharded": sum(isinstance(p, DTensor) for p in model.parameters()),
                 },
                 folder / f"{run['name']}.pt",

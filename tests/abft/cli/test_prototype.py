@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from abft.demo.run import MODEL
 from abft.evaluation.mauve import continuations, mauve_score
 from abft.experiments.runs import read_run
 from abft.models.loading import load_base
+from abft.training.options import TrainingOptions
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "evaluation.md"
 PUBLISHED = [
@@ -102,6 +104,18 @@ def test_defaults_are_the_papers(folder):
 )  # fmt: skip
 def test_each_option(folder, flags, field, value):
     assert getattr(options_of(folder, *flags), field) == value
+
+
+def test_training_options_come_from_one_place(folder):
+    """Every training option is offered, under its published name or its own, with its default."""
+    options = options_of(folder)
+    assert {o.name: getattr(options, o.name) for o in fields(TrainingOptions)} == asdict(TrainingOptions())
+    known = {action.dest: action for action in _parser()._actions}
+    for option in fields(TrainingOptions):
+        if option.name not in ("lora", "adaption"):
+            assert known[option.name].help == option.metadata["help"]
+    assert options_of(folder, "--per_head_mean").per_head_mean  # no published name
+    assert known["method"].choices == ("ABFT", "E2E")
 
 
 def test_every_published_option_exists_and_is_documented():

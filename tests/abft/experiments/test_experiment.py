@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,10 +10,11 @@ from huggingface_hub import ModelCard
 
 import abft
 from abft.demo.run import MODEL
-from abft.experiments.experiment import Experiment
+from abft.experiments.experiment import Experiment, ExperimentOptions
 from abft.experiments.methods import GROUPS, METHODS, resolve_methods
 from abft.experiments.results import Results
 from abft.experiments.runs import RunKey, read_run
+from abft.training.options import TrainingOptions
 from abft.training.trainer import ABFTTrainer
 
 
@@ -183,11 +184,45 @@ def test_trained_but_not_tested(experiment_options, tmp_path):
 )  # fmt: skip
 def test_bad_input_is_refused_before_work(experiment_folder, experiment_options, monkeypatch, changes, message):
     before = sorted(experiment_folder.rglob("*"))
-    for name in ("load_base", "ABFTTrainer", "write_json"):
+    for name in ("load_base", "fit", "write_json"):
         monkeypatch.setattr(f"abft.experiments.experiment.{name}", lambda *_, **__: pytest.fail("worked"))
     with pytest.raises(ValueError, match=message):
         Experiment(replace(experiment_options, **changes))
     assert sorted(experiment_folder.rglob("*")) == before
+
+
+def test_a_folder_from_before_an_option(experiment_folder, experiment_options, tmp_path):
+    """Runs that were stored before an option existed were made with its default: they resume with that alone."""
+    copy = tmp_path / "copy"
+    shutil.copytree(experiment_folder, copy)
+    for path in copy.rglob("run.json"):
+        content = json.loads(path.read_text())
+        del content["settings"]["head_filter"]
+        path.write_text(json.dumps(content))
+    options = replace(experiment_options, output_dir=str(copy))
+    assert len(Experiment(options).run()) == 10
+    with pytest.raises(ValueError, match="was made with head_filter=True, now it is False"):
+        Experiment(replace(options, head_filter=False))
+
+
+def test_training_options_are_declared_once(experiment_options, tmp_path):
+    """`abft train` and `abft experiment` take the same training options, and an experiment hands them on."""
+    options = {option.name: option for option in fields(TrainingOptions)}
+    for command in (abft.ABFTConfig, ExperimentOptions):
+        own = {option.name: option for option in fields(command)}
+        for name, option in options.items():
+            assert own[name].default == option.default, name
+            assert own[name].metadata == option.metadata, name
+    changed: dict = {
+        name: not option.default if isinstance(option.default, bool) else 7
+        for name, option in options.items()
+        if name not in ("adaption", "pseudo_batch_size", "restricted_gradient")
+    }
+    changed |= {"adaption": "P", "pseudo_batch_size": 48}
+    experiment = Experiment(replace(experiment_options, output_dir=str(tmp_path), methods=["abft"], **changed))
+    config = experiment._config(METHODS["abft"], tmp_path, seed=3)
+    assert {name: getattr(config, name) for name in changed} == changed
+    assert experiment.settings.keys() >= options.keys()
 
 
 def test_several_processes_are_refused(experiment_options, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def test_two_processes_equal_one(name, folder, toy_prompts, toy_builder, tmp_pat
     for key in ("loss", "induction_heads", "mass_correct", "mass_wrong", "wrong_penalty"):
         if key in entries[0]:
             assert [e[key] for e in two["log"]] == pytest.approx([e[key] for e in entries], rel=1e-4), key
-    assert two["controller"]["head_counts"] == one.controller.head_counts
+    assert two["state"].get("head_counts") == one.objective.state_dict().get("head_counts")
     assert_same_weights(two["weights"], state_of(one), 1e-4 if split else 1e-5)
 
 

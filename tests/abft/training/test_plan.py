@@ -13,7 +13,7 @@ from tiny_models import CONFIGS
 from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
 from abft.cli.main import main
-from abft.training.plan import GIB, MODES, plan
+from abft.training.plan import GIB, modes, plan
 
 ROOT = Path(__file__).parents[3]
 
@@ -58,7 +58,7 @@ def test_precisions_and_adapters(seven_billion):
 
 
 def test_modes_in_their_order(seven_billion):
-    by_mode = {mode: plan(seven_billion, context=4096, mode=mode, lora=True) for mode in MODES}
+    by_mode = {mode: plan(seven_billion, context=4096, mode=mode, lora=True) for mode in modes()}
     activations = {mode: result.parts["activations"] for mode, result in by_mode.items()}
     assert activations["restricted"] < 1.1 * activations["inference"]
     assert activations["restricted"] < activations["full"] / 10

@@ -13,7 +13,7 @@ import torch
 from tiny_models import tiny
 from trainers import LABEL_LOOKERS, losses, state_of, trained
 
-from abft.training.trainer import last_complete_checkpoint
+from abft.training.checkpoints import last_complete_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,10 @@ def test_resume_continues_the_trajectory(kind, changes, step, toy_prompts, toy_b
         resume=str(tmp_path / f"checkpoint-{step}"), **changes,
     )  # fmt: skip
     assert losses(again) == losses(whole)
-    assert again.controller.state_dict() == whole.controller.state_dict()
+    assert again.objective.state_dict() == whole.objective.state_dict()
     if "method" not in changes:
-        assert len(whole.controller.head_counts) == 6
-        assert whole.controller.wrong_penalty != 0.5
+        assert len(whole.objective.controller.head_counts) == 6
+        assert whole.objective.controller.wrong_penalty != 0.5
     mine, theirs = state_of(again), state_of(whole)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -44,7 +44,7 @@ warnings.simplefilter("ignore")
 import torch
 from tiny_models import tiny
 from trainers import LABEL_LOOKERS, trained
-from abft.training.trainer import last_complete_checkpoint
+from abft.training.checkpoints import last_complete_checkpoint
 torch.set_num_threads(1)
 folder, inputs, result = sys.argv[1:]
 prompts, builder = torch.load(inputs, weights_only=False)
@@ -54,7 +54,7 @@ trainer = trained(
 )
 weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
 log = [entry for entry in trainer.state.log_history if "loss" in entry]
-torch.save({"log": log, "controller": trainer.controller.state_dict(), "weights": weights}, result)
+torch.save({"log": log, "controller": trainer.objective.state_dict(), "weights": weights}, result)
 """
 
 

@@ -152,14 +152,14 @@ def test_the_penalty_follows_the_controller(toy_prompts, toy_builder, tmp_path):
     )  # fmt: skip
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     counts = [entry["induction_heads"] for entry in entries]
-    assert counts == pytest.approx(trainer.controller.head_counts)
+    assert counts == pytest.approx(trainer.objective.controller.head_counts)
     penalties = [0.5, 0.5, 0.5]
     for last, now in itertools.pairwise(counts[1:]):
         penalties.append(max(0.0, penalties[-1] + 0.5 * (now - last)))
     assert len(set(penalties)) > 3
     # The count of a step sets the penalty of the next one.
     assert [entry["wrong_penalty"] for entry in entries] == pytest.approx(penalties[:-1])
-    assert trainer.controller.wrong_penalty == pytest.approx(penalties[-1])
+    assert trainer.objective.controller.wrong_penalty == pytest.approx(penalties[-1])
 
 
 def test_the_loss_takes_the_adapted_penalty(toy_prompts, toy_builder, tmp_path):
@@ -168,7 +168,7 @@ def test_the_loss_takes_the_adapted_penalty(toy_prompts, toy_builder, tmp_path):
     def loss(penalty, adapted=None):
         model = tiny("llama", **LABEL_LOOKERS)
         trainer = trainer_of(model, toy_prompts, toy_builder, tmp_path, wrong_penalty=penalty)
-        trainer.controller.wrong_penalty = penalty if adapted is None else adapted
+        trainer.objective.controller.wrong_penalty = penalty if adapted is None else adapted
         return trainer.compute_loss(model, batch).item()
 
     assert loss(0.5, adapted=2.0) == loss(2.0)
@@ -304,9 +304,13 @@ def test_e2e_is_cross_entropy_at_the_last_token(kind, side, toy_prompts, toy_bui
     want = torch.nn.functional.cross_entropy(last, batch["label_ids"])
     got = trainer.compute_loss(model, batch)
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+    computed = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, logits: computed.append(logits.shape[1]))
     loss, outputs = trainer.compute_loss(model, batch, return_outputs=True, num_items_in_batch=torch.tensor(14))
+    hook.remove()
     torch.testing.assert_close(loss, want / 2, atol=1e-6, rtol=1e-6)
-    assert outputs.logits.shape[1] <= 7  # of the last positions alone
+    assert outputs.shape == (7, logits.shape[2])
+    assert computed[0] <= 7  # of the last positions alone
 
 
 def test_e2e_without_logits_to_keep(toy_prompts, toy_builder, tmp_path, monkeypatch):
@@ -389,9 +393,9 @@ def test_warns_of_collapse(toy_prompts, toy_builder, tmp_path):
     trainer = trainer_of(tiny("llama"), toy_prompts, toy_builder, tmp_path)
 
     def step(heads):
-        names = {"prompts": 32.0, "heads": heads, "mass_correct": 8.0, "mass_wrong": 4.0}
-        trainer._step_sums = {name: torch.tensor(value) for name, value in names.items()}
-        trainer._finish_step()
+        sums = {"heads": heads, "mass_correct": 8.0, "mass_wrong": 4.0}
+        trainer.steps.add(torch.zeros(32), {name: torch.tensor(value) for name, value in sums.items()})
+        trainer.steps.on_step_end(None, None, None)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -419,7 +423,7 @@ def test_evaluation_does_not_disturb_training(toy_prompts, toy_builder, tmp_path
     assert 0 <= entries[0]["eval_true_label_likelihood"] <= 1
     watched.model.eval()
     watched.compute_loss(watched.model, Collator()(toy_prompts[:2]))
-    assert not watched._step_sums, "a loss outside of training was counted into a step"
+    assert watched.steps.empty, "a loss outside of training was counted into a step"
 
 
 def test_options_reach_the_loss(toy_prompts, toy_builder, tmp_path):
