@@ -1,4 +1,4 @@
-"""Model cards of what was trained."""
+"""Model cards of trained weights."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ Made by `{command}` with abft {version}, {date}.
 
 
 def write_card(folder: Path, run: Run, base: str) -> None:
-    """Writes `README.md` with the run's figures into the folder of its weights.
+    """Write `README.md` with the run's figures into the folder of its weights.
 
     Args:
-        folder: that holds the weights.
-        run: finished, of a method that trains.
+        folder: holds the weights.
+        run: a finished run of a method that trains.
         base: name of the base model.
     """
     assert run.training is not None
@@ -48,28 +48,40 @@ def write_card(folder: Path, run: Run, base: str) -> None:
     title = METHODS[run.key.method].title
     results = [
         EvalResult(
-            task_type="text-classification", dataset_type=task, dataset_name=task, metric_type="accuracy",
+            task_type="text-classification",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type="accuracy",
             metric_value=round(found["accuracy"], 4),
         )
         for task, found in normal.items()
-    ]  # fmt: skip
+    ]
     name = Path(base).name
     metadata: dict[str, Any] = {
-        "base_model": name if Path(base).is_dir() else base, "library_name": "peft" if lora else "abft",
+        "base_model": name if Path(base).is_dir() else base,
+        "library_name": "peft" if lora else "abft",
         "tags": ["abft", run.key.method],
-    }  # fmt: skip
+    }
     if results:
         metadata |= {"model_name": f"{name}-{run.key.folder}", "eval_results": results}
     last = run.training["history"][-1] if run.training["history"] else {}
     penalty = last.get("wrong_penalty")
     text = _TEXT.format(
-        title=title, task=run.key.task, what="LoRA adapters on W_Q and W_K" if lora else "W_Q and W_K", base=name,
-        num_prompts=run.key.num_prompts, k=run.settings["k"], seed=run.key.seed, table="\n".join(lines),
-        steps=run.training["steps"], seconds=run.training["seconds"],
+        title=title,
+        task=run.key.task,
+        what="LoRA adapters on W_Q and W_K" if lora else "W_Q and W_K",
+        base=name,
+        num_prompts=run.key.num_prompts,
+        k=run.settings["k"],
+        seed=run.key.seed,
+        table="\n".join(lines),
+        steps=run.training["steps"],
+        seconds=run.training["seconds"],
         hardware=run.provenance["versions"].get("gpu", run.provenance["processor"]),
         wrong_penalty="its first value" if penalty is None else f"{penalty:.3g}",
-        command=" ".join(run.provenance["command"]), version=run.provenance["versions"]["abft"],
+        command=" ".join(run.provenance["command"]),
+        version=run.provenance["versions"]["abft"],
         date=run.provenance["date"][:10],
-    )  # fmt: skip
+    )
     card = ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n{text}")
     write_text(folder / "README.md", str(card))

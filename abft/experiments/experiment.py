@@ -100,8 +100,20 @@ class ExperimentOptions(TrainingOptions, RunOptions):
 
 
 # Results do not depend on these options, or the key of the run holds them.
-_NOT_SETTINGS = {"output_dir", "tasks", "train_tasks", "test_trained", "methods", "tests", "generalization",
-                 "num_prompts", "seeds", "eval_batch_size", "keep_weights", "quiet"}  # fmt: skip
+_NOT_SETTINGS = {
+    "output_dir",
+    "tasks",
+    "train_tasks",
+    "test_trained",
+    "methods",
+    "tests",
+    "generalization",
+    "num_prompts",
+    "seeds",
+    "eval_batch_size",
+    "keep_weights",
+    "quiet",
+}
 # A run that was stored before an option existed was made with its default.
 _DEFAULTS = {option.name: option.default for option in fields(ExperimentOptions)}
 
@@ -189,8 +201,11 @@ class Experiment:
         ]
 
     def _train_tasks(self) -> list[str]:
-        by_name = {str(alias).lower(): data.task.name for data in self.data.values() for alias in
-                   (data.task.name, data.task.index)}  # fmt: skip
+        by_name = {
+            str(alias).lower(): data.task.name
+            for data in self.data.values()
+            for alias in (data.task.name, data.task.index)
+        }
         if unknown := [name for name in self.options.train_tasks if name.lower() not in by_name]:
             raise ValueError(f"train_tasks names {unknown[0]!r}, which is none of the tasks {', '.join(self.data)}")
         return [by_name[name.lower()] for name in self.options.train_tasks] or list(self.data)
@@ -225,12 +240,16 @@ class Experiment:
         """Train and test what is missing; return the runs in their order."""
         console = Console()
         content: dict[str, Any] = {
-            "format_version": FORMAT_VERSION, "settings": self.settings, "tasks": list(self.data),
+            "format_version": FORMAT_VERSION,
+            "settings": self.settings,
+            "tasks": list(self.data),
             "labels": {name: list(data.task.labels) for name, data in self.data.items()},
-            "methods": [method.name for method in self.methods], "seeds": self.options.seeds,
-            "num_prompts": self.options.num_prompts, "tests": self.options.tests,
+            "methods": [method.name for method in self.methods],
+            "seeds": self.options.seeds,
+            "num_prompts": self.options.num_prompts,
+            "tests": self.options.tests,
             "runs": [vars(key) for key in self.keys],
-        }  # fmt: skip
+        }
         if (self.output / EXPERIMENT).is_file():  # what earlier commands ran in this folder stays part of it
             earlier, _ = read_experiment(self.output)
             for name in ("tasks", "methods", "seeds", "num_prompts", "tests", "runs"):
@@ -281,8 +300,10 @@ class Experiment:
             )
             run.tests[task] = {**run.tests.get(task, {}), **found}
         run.provenance = {
-            **provenance(), "evaluation_seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(),
-        }  # fmt: skip
+            **provenance(),
+            "evaluation_seconds": time.perf_counter() - started,
+            "peak_memory_bytes": peak_memory(),
+        }
         run.write(folder)
         if trained and self.options.keep_weights:
             write_card(folder / "weights", run, self.options.model)

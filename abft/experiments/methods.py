@@ -1,4 +1,4 @@
-"""What is compared: the untrained model, ABFT and its ablations, and its baselines."""
+"""The methods that are compared: the untrained model, ABFT and its ablations, and its baselines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Method:
     Args:
         name: as given on the command line.
         title: as shown.
-        options: fields of `ABFTConfig` that make it differ from ABFT; None for what is not trained.
+        options: fields of `ABFTConfig` that make it differ from ABFT; None for a method without training.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Method:
 
     @property
     def trained(self) -> bool:
+        """True if the method trains."""
         return self.options is not None
 
 
@@ -53,7 +54,7 @@ GROUPS = {
 
 
 def resolve_methods(names: Sequence[str]) -> list[Method]:
-    """The methods of these names and groups, each once, in the order of `METHODS`.
+    """Return the methods of these names and groups, each once, in the order of `METHODS`.
 
     Raises:
         ValueError: an unknown name, or none at all.

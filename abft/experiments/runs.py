@@ -1,4 +1,4 @@
-"""Run folders: what one run measured, as data, with where it comes from."""
+"""Run folders: the results of one run as data, with their provenance."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 from abft.files import write_json
 
-__all__ = ["FORMAT_VERSION", "Run", "RunKey", "check_writable", "read_analysis", "read_experiment",
-           "read_run"]  # fmt: skip
+__all__ = ["FORMAT_VERSION", "Run", "RunKey", "check_writable", "read_analysis", "read_experiment", "read_run"]
 
 FORMAT_VERSION = 1
 RUN, EXPERIMENT, ANALYSIS = "run.json", "experiment.json", "analysis.json"
@@ -19,11 +18,11 @@ RUN, EXPERIMENT, ANALYSIS = "run.json", "experiment.json", "analysis.json"
 
 @dataclass(frozen=True)
 class RunKey:
-    """Which run of an experiment.
+    """The key of a run within its experiment.
 
     Args:
         method: name in `METHODS`.
-        task: what it was trained on; for what is not trained, what it was tested on.
+        task: the task of its training; without training, of its test.
         num_prompts: training prompts, 0 without training.
         seed: of training and its prompts.
     """
@@ -35,7 +34,7 @@ class RunKey:
 
     @property
     def folder(self) -> str:
-        """Name of its folder, fit for any file system."""
+        """Name of its folder, valid on any file system."""
         task = "".join(c if c.isalnum() else "-" for c in self.task)
         trained = f"-n{self.num_prompts}-seed{self.seed}" if self.num_prompts else ""
         return f"{self.method}-{task}{trained}"
@@ -47,7 +46,7 @@ class Run:
 
     Args:
         key: which run it is.
-        settings: everything that its results depend on; a folder made with others is not gone on with.
+        settings: everything that its results depend on; a folder made with other settings is refused.
         tests: task → test → results (see `TaskSuite.run`).
         training: seconds, peak memory, history; None without training.
         provenance: versions, commit, hardware, date, command.
@@ -60,12 +59,13 @@ class Run:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Writes `folder/run.json` whole or not at all."""
+        """Write `folder/run.json` whole or not at all."""
         content = {"format_version": FORMAT_VERSION, **vars(self), "key": vars(self.key)}
         write_json(folder / RUN, content)
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Read a JSON file of this format version."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -80,10 +80,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run | None:
-    """What `folder/run.json` holds; None if there is none.
+    """Read `folder/run.json`; return None if there is none.
 
     Raises:
-        ValueError: it is of another version, or no such file.
+        ValueError: it is of another version, or not JSON.
     """
     path = Path(folder) / RUN
     if not path.is_file():
@@ -94,10 +94,10 @@ def read_run(folder: str | os.PathLike[str]) -> Run | None:
 
 
 def read_experiment(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Run]]:
-    """An experiment's settings and its finished runs, in their order.
+    """Read an experiment's settings and its finished runs, in their order.
 
     Raises:
-        FileNotFoundError: the folder is none that `abft experiment` wrote.
+        FileNotFoundError: `abft experiment` did not write the folder.
         ValueError: it is of another version.
     """
     path = Path(folder) / EXPERIMENT
@@ -109,10 +109,10 @@ def read_experiment(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], lis
 
 
 def check_writable(folder: str | os.PathLike[str]) -> Path:
-    """Makes the folder; an error names it if nothing can be written there.
+    """Make the folder and return its path.
 
     Raises:
-        ValueError: it cannot be made or written to, or is a file.
+        ValueError: the folder cannot be made or written to, or is a file.
     """
     path = Path(folder)
     try:
@@ -126,7 +126,7 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
 
 
 def read_analysis(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `abft analyze` wrote into an experiment's folder; None if it has not.
+    """Read the results of `abft analyze` from an experiment's folder; return None if there are none.
 
     Raises:
         ValueError: it is of another version.

@@ -1,1 +1,1 @@
-"""Training with ABFT or E2E, its options, and a plan of the memory that it takes."""
+"""Training with an objective (ABFT, E2E, or another), its options, and a plan of its memory."""

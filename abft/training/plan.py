@@ -1,8 +1,8 @@
-"""`abft plan`: what a run needs, before anything is loaded: memory by part, what fits, the longest context.
+"""`abft plan`: the memory of a run by part, whether it fits, and the longest context, before anything is loaded.
 
-The model is built from its configuration as tensors that have shapes and no values, and one step is run on them, so
-what autograd keeps is counted and not guessed. That takes seconds for any size, and no network where the configuration
-is local.
+The model is built from its configuration as tensors that have shapes and no values, and one step runs on them: the
+memory that autograd keeps is counted, not estimated. That takes seconds for any size, and needs no network if the
+configuration is local.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one GPU by part, and what follows from them.
+    """A plan: bytes of one GPU by part, the verdict, and the launch line.
 
     Args:
         parts: name -> bytes. `activations` is the most that a step holds beside all other parts.
@@ -48,7 +48,7 @@ class Plan:
         longest_context: tokens of one pass that still fit (of the model's own context at the most); 0 if none does.
         strategy: `"one GPU"`, `"data parallel"`, `"FSDP 2"` or `"tensor parallel"`.
         command: launch line.
-        notes: what the figures leave out, or assume.
+        notes: assumptions of the figures, and parts that they leave out.
     """
 
     parts: dict[str, float]
@@ -62,10 +62,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """True if the parts together fit in one GPU."""
         return self.total <= self.capacity
 
     def tables(self) -> list[Any]:
-        """For `rich`: the parts, then the verdict, the launch line and the notes."""
+        """Return the parts as a `rich` table, then the verdict, the launch line and the notes."""
         table = Table("part", "GiB", title=f"one GPU, {self.context:,} tokens a pass, {self.strategy}")
         table.columns[1].justify = "right"
         for name, size in self.parts.items():
@@ -77,7 +78,7 @@ class Plan:
 
 
 class _Peak(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make, while they live."""
+    """A mode that counts the bytes of the storages that operators make, while they live."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
@@ -239,10 +240,13 @@ def plan(
     strategy, split = _strategy(run, gpus, weights + kept + here + unpacked + RESERVED, gpu_memory * GIB)
     gathered = 2 * weights / layers if strategy == "FSDP 2" else 0.0  # a layer in use, and the next one
     parts = {
-        "weights": weights / split, "gradients and Adam": kept / split, "activations": float(here),
-        "4-bit weights unpacked": unpacked, "layers gathered": gathered,
+        "weights": weights / split,
+        "gradients and Adam": kept / split,
+        "activations": float(here),
+        "4-bit weights unpacked": unpacked,
+        "layers gathered": gathered,
         "CUDA context, allocator": RESERVED,
-    }  # fmt: skip
+    }
     parts = {name: size for name, size in parts.items() if size}
     total = sum(parts.values())
     free = gpu_memory * GIB - (total - here)
@@ -252,10 +256,8 @@ def plan(
         notes.append("activations counted as on one GPU, though heads are split: the longest context is longer")
     if limit <= longest:
         notes.append(f"the longest context is the model's own ({limit:,})")
-    return Plan(
-        parts, total, gpu_memory * GIB, context, max(0, longest), strategy,
-        _command(model, run, precision, lora, checkpointed, context, strategy, gpus), tuple(notes),
-    )  # fmt: skip
+    command = _command(model, run, precision, lora, checkpointed, context, strategy, gpus)
+    return Plan(parts, total, gpu_memory * GIB, context, max(0, longest), strategy, command, tuple(notes))
 
 
 def _strategy(mode: _Mode, gpus: int, alone: float, capacity: float) -> tuple[str, int]:

@@ -11,18 +11,23 @@ __all__ = ["TrainingProgress"]
 
 
 class TrainingProgress(TrainerCallback):
-    """A rich progress bar in place of Trainer's log lines.
+    """A progress bar that replaces the Trainer's log lines.
 
     Args:
-        description: what is trained.
-        enabled: off, nothing is shown.
+        description: text before the bar.
+        enabled: show the bar.
     """
 
     def __init__(self, description: str, enabled: bool = True) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"), disable=not enabled, transient=True,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            disable=not enabled,
+            transient=True,
+        )
         self.task = self.progress.add_task(description, figures="", total=None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -168,8 +168,7 @@ class MassObjective(Objective):
 
         if restricted:
             return layer_masses(model, input_ids=ids, **inputs, detach=True, on_mass=backward)
-        masses = layer_masses(model, input_ids=ids, **inputs)
-        return torch.stack([mass.sum() for mass in masses]).sum().backward()
+        return torch.stack([mass.sum() for mass in layer_masses(model, input_ids=ids, **inputs)]).sum().backward()
 
 
 class LogitObjective(Objective):
