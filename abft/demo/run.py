@@ -57,9 +57,9 @@ def _load_model() -> Any:
 
 
 def _measure(model: Any, draw: _Seed, settings: DemoSettings, progress: bool) -> dict[str, Any]:
-    shared = {"batch_size": settings.batch_size, "progress": progress}
-    metrics = evaluate(model, draw.test, **shared).to_dict()  # type: ignore[arg-type]
-    return {**metrics, **head_statistics(model, draw.test, draw.builder, **shared).to_dict()}  # type: ignore[arg-type]
+    shared: dict[str, Any] = {"batch_size": settings.batch_size, "progress": progress}
+    metrics = evaluate(model, draw.test, **shared).to_dict()
+    return {**metrics, **head_statistics(model, draw.test, **shared).to_dict()}
 
 
 def _train(method: str, seed: int, draw: _Seed, settings: DemoSettings, progress: bool) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from abft.evaluation.staicc import TaskData
 from abft.evaluation.suites import TESTS
 from abft.experiments.experiment import Experiment, ExperimentOptions
 from abft.models.loading import load_base
-from abft.prompts.builder import Prompt, PromptBuilder, sample_prompts
+from abft.prompts.builder import PromptBuilder, PromptSet, sample_prompts
 from abft.prompts.examples import Example
 from abft.prompts.tasks import Task, Template
 
@@ -40,7 +40,7 @@ def toy_builder() -> PromptBuilder:
 
 
 @pytest.fixture(scope="session")
-def toy_prompts(toy_builder: PromptBuilder) -> list[Prompt]:
+def toy_prompts(toy_builder: PromptBuilder) -> PromptSet:
     """64 prompts of 4 demonstrations, 3 to 9 words each."""
     rng = random.Random(0)
 

@@ -156,7 +156,7 @@ def tiny_bert():
         ),
         (
             lambda: make_model(HyperCLOVAXConfig(**SIZES, logits_scaling=2.0)),
-            r"logits_scaling=2\.0: what model type 'hyperclovax' does",
+            r"logits_scaling=2\.0: its effect on the logits of model type 'hyperclovax'",
         ),
     ],
     ids=["bert", "no-head", "lora-head", "prompt-tuning", "unknown-scaling"],
