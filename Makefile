@@ -1,6 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
-# One torch build for everyone: its wheel decides between CPU and CUDA. Set TORCH= to keep an installed one.
+# The torch build that is tested; its wheel decides between CPU and CUDA. TORCH= keeps an installed one.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 WORKERS ?= $(shell nproc 2> /dev/null || echo 2)
@@ -24,7 +24,7 @@ demo: install
 test: install-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q
 
-# The kernels on the oldest supported Triton, laid over the installed packages (its interpreter needs NumPy < 2.4).
+# The oldest supported Triton, laid over the installed packages (its interpreter needs NumPy < 2.4).
 OLDEST := $(VENV)/oldest
 $(OLDEST): | install-test
 	rm -rf $@.part && $(BIN)/pip install --quiet --no-compile --no-deps --target $@.part triton==3.4.0 numpy==2.2.6
@@ -33,7 +33,7 @@ $(OLDEST): | install-test
 # The oldest supported transformers, peft and accelerate, in the same way.
 OLDEST_HF := $(VENV)/oldest-hf
 $(OLDEST_HF): | install-test
-	rm -rf $@.part && $(BIN)/pip install --quiet --no-compile --target $@.part transformers==5.0.0
+	rm -rf $@.part && $(BIN)/pip install --quiet --no-compile --target $@.part transformers==5.5.4
 	$(BIN)/pip install --quiet --no-compile --no-deps --upgrade --target $@.part peft==0.18.0 accelerate==1.7.0
 	rm -rf $@.part/numpy* && mv $@.part $@
 
@@ -44,7 +44,7 @@ test-oldest: $(OLDEST) $(OLDEST_HF)
 		tests/abft/models/test_attention.py tests/abft/models/test_refusals.py tests/abft/models/test_masses.py \
 		tests/abft/models/test_projections.py tests/abft/training/test_packing.py tests/abft/training/test_resume.py
 
-# Ten times as many drawn cases, other ones every time.
+# Ten times as many drawn cases, different ones in each run.
 nightly: install-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/abft_kernels/test_properties.py --hypothesis-profile nightly
 

@@ -1,6 +1,6 @@
 """`python -m bench` lists the cases, `python -m bench CASE …` runs some, and `--gpu` is the suite for a GPU.
 
-A case is a module with `name`, `description` and `run(out_dir) -> path of what it wrote`.
+A case is a module with `name`, `description` and `run(out_dir)`, which returns the path of the file it wrote.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ GPU_SUITES = ("correctness", "kernels", "rows", "memory", "training", "flex", "p
 
 
 def _gpu(options: argparse.Namespace) -> int:
+    """Run the GPU suites, print the targets and whether the file may be published; return the exit code."""
     from bench.gpu.collect import collect
     from bench.verify import problems
 
@@ -42,30 +43,35 @@ def _gpu(options: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the checked options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help="cases to run; none lists them")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     parser.add_argument("--gpu", action="store_true", help="run every suite on this GPU into gpu.json")
     parser.add_argument("--budget", type=float, default=500.0, help="seconds that --gpu may take, about")
     parser.add_argument("--only", type=lambda text: text.split(","), help=f"suites of --gpu: {', '.join(GPU_SUITES)}")
-    parser.add_argument("--sanitize", action="store_true", help="compute-sanitizer over the kernel tests, too")
-    parser.add_argument("--dry-run", action="store_true", help="--gpu on the CPU in tiny shapes: that it runs")
+    parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer over kernel tests too")
+    parser.add_argument("--dry-run", action="store_true", help="run --gpu on the CPU in tiny shapes: no result")
     options = parser.parse_args(arguments)
     if unknown := [suite for suite in options.only or () if suite not in GPU_SUITES]:
         parser.error(f"no suite {', '.join(unknown)}; there are {', '.join(GPU_SUITES)}")
+    if unknown := [case for case in options.cases if case not in CASES]:
+        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}, and --gpu")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = _options(arguments)
     if options.gpu:
         return _gpu(options)
-    unknown = [case for case in options.cases if case not in CASES]
-    if unknown:
-        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}, and --gpu")
-    for case in options.cases or CASES:
-        module = importlib.import_module(CASES[case])
-        if options.cases:
-            print(f"wrote {module.run(options.out)}")
-        else:
-            print(f"{module.name:10} {module.description}")
+    for case in options.cases:
+        print(f"wrote {importlib.import_module(CASES[case]).run(options.out)}")
     if not options.cases:
+        for path in CASES.values():
+            module = importlib.import_module(path)
+            print(f"{module.name:10} {module.description}")
         print(f"{'--gpu':10} one GPU: {', '.join(GPU_SUITES)}; --sanitize adds compute-sanitizer")
     return 0
 

@@ -1,12 +1,12 @@
-"""Pre-trains the demo model: ``python -m bench.recipe --output DIR``, some ten minutes on two CPU cores.
+"""Pre-train the demo model: ``python -m bench.recipe --output DIR``, about ten minutes on two CPU cores.
 
 Every field of ``Recipe`` is an option, for models of other sizes, longer prompts or a GPU (``--device cuda``).
 
 Two stages. Random sequences that repeat themselves teach a small Llama to copy what followed an earlier
 occurrence, which forms induction heads. Few-shot prompts over the words of ``abft.demo.corpus`` then teach it
 which demonstrations to copy the label of: those of the query's topic, or of its mood. Every text of
-pre-training has one trait only. In the demo task's texts, which have both, the model follows either; that is
-what ABFT puts right.
+pre-training has one trait only. The demo task's texts have both, and the model follows either; ABFT corrects
+that.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ class Recipe:
         layers: number of layers.
         heads: attention heads per layer.
         learning_rate: of AdamW.
-        warmup_steps: the learning rate rises over so many steps, and is constant then; wider models need some.
+        warmup_steps: steps over which the learning rate rises; it is constant afterwards. Wider models need some.
         batch_size: sequences per step, in both stages.
         repeat_length: tokens of a repeated random sequence.
         repeat_loss: the first stage ends when the loss on repeated tokens falls below it, in nats.
-        repeat_steps: the first stage ends after so many steps at the latest.
+        repeat_steps: steps of the first stage, at the most.
         prompt_loss: the second stage ends when the loss on labels falls below it, in nats; 0: by its steps alone.
         prompt_steps: steps of the second stage, at the most.
-        demonstrations: per prompt of the second stage.
-        classes: per prompt of the second stage.
+        demonstrations: number in each prompt of the second stage.
+        classes: number in each prompt of the second stage.
         mood_share: share of the second stage's prompts that ask for moods.
-        text_weight: weight of the loss on tokens that are no labels; labels have 1.
+        text_weight: weight of the loss on tokens that are not labels; labels have 1.
         rehearsal: repeated sequences beside each batch of prompts, so that copying is not unlearned.
         rehearsal_weight: weight of their loss.
         shortest_text, longest_text: words with the trait in a text of the second stage.
-        context: most tokens that the model is made for.
+        context: largest number of tokens that the model takes.
     """
 
     seed: int = 0
@@ -99,27 +99,30 @@ class Recipe:
         for name in ("warmup_steps", "repeat_steps", "prompt_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        self.pretraining_prompt(random.Random(0))  # refuses what the language has not
+        self.pretraining_prompt(random.Random(0))  # raises if the language lacks classes or lengths
 
     def pretraining_prompt(self, rng: random.Random) -> tuple[Task, list[Example], Example]:
-        """A prompt of the second stage."""
+        """Return a prompt of the second stage."""
         return corpus.pretraining_prompt(
-            rng, classes=self.classes, demonstrations=self.demonstrations, mood_share=self.mood_share,
+            rng,
+            classes=self.classes,
+            demonstrations=self.demonstrations,
+            mood_share=self.mood_share,
             lengths=(self.shortest_text, self.longest_text),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Pre-trains the demo model, saves it with its tokenizer, and prints its accuracy before any ABFT."""
+    """Pre-train the demo model, save it with its tokenizer, and print its accuracy before any ABFT."""
 
     output: str = field(metadata={"help": "folder to save to; made if missing"})
-    threads: int = field(default=2, metadata={"help": "of PyTorch"})
+    threads: int = field(default=2, metadata={"help": "threads of PyTorch"})
     device: str = field(
-        default="cpu", metadata={"help": "cpu, on which the demo's weights come out bit for bit, or cuda"}
+        default="cpu", metadata={"help": "cpu, which reproduces the demo's weights bit for bit, or cuda"}
     )
-    save_dtype: str = field(default="float32", metadata={"help": "of the saved weights: float32 or bfloat16"})
-    quiet: bool = field(default=False, metadata={"help": "no progress bars"})
+    save_dtype: str = field(default="float32", metadata={"help": "type of the saved weights: float32 or bfloat16"})
+    quiet: bool = field(default=False, metadata={"help": "show no progress bars"})
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -135,7 +138,7 @@ class RunOptions:
 
 
 def build_tokenizer(context: int = Recipe.context) -> PreTrainedTokenizerFast:
-    """One token per word and per punctuation mark; white space, newlines included, yields none."""
+    """Return a tokenizer with one token per word and per punctuation mark, and none for white space."""
     vocabulary = {word: i for i, word in enumerate([_PAD, _BOS, _UNK, *corpus.vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -148,7 +151,7 @@ def build_tokenizer(context: int = Recipe.context) -> PreTrainedTokenizerFast:
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The untrained model, with tied embeddings."""
+    """Return the untrained model, with tied embeddings."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
@@ -167,7 +170,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 
 
 def repeated_sequences(rng: random.Random, count: int, length: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Random words, repeated with a random period.
+    """Return random words, repeated with a random period.
 
     Returns:
         ids: (count, length) int64.
@@ -186,12 +189,12 @@ def repeated_sequences(rng: random.Random, count: int, length: int, vocab_size: 
 def few_shot_batch(
     rng: random.Random, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pre-training prompts, each completed by its query's label.
+    """Return pre-training prompts, each completed by its query's label.
 
     Returns:
         ids: (B, N) int64, padded on the right.
         targets: (B, N) int64, the ids without the padding and the first token.
-        is_label: (B, N) bool, the labels that an earlier demonstration shows; no other can be foretold.
+        is_label: (B, N) bool, the labels that an earlier demonstration shows; the model cannot predict others.
     """
     sequences, label_positions = [], []
     for _ in range(recipe.batch_size):
@@ -216,10 +219,10 @@ def few_shot_batch(
 def pretrain(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, device: str = "cpu", progress: bool = True
 ) -> LlamaForCausalLM:
-    """Runs both stages.
+    """Run both stages.
 
     Args:
-        recipe: what to do.
+        recipe: sizes and steps.
         tokenizer: from ``build_tokenizer``.
         device: of the model.
         progress: show progress bars.
@@ -266,7 +269,7 @@ def pretrain(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line: see ``RunOptions`` and ``Recipe``."""
+    """Run the command line: see ``RunOptions`` and ``Recipe``."""
     types: Any = [RunOptions, Recipe]
     parser = HfArgumentParser(types, prog="python -m bench.recipe", description=RunOptions.__doc__)
     try:

@@ -7,18 +7,19 @@
     single   one prompt at a time with full logits and all hidden states, as StaICC's own inference
              (on the first 16 prompts of each task, scaled by tokens)
 
-What matters is the ratio pass / bare. Needs the extra `abft[staicc]`; the model is small, so the overhead of
+The figure to read is the ratio pass / bare. Needs the extra `abft[staicc]`; the model is small, so the overhead of
 building prompts and batches weighs more than it would beside a real one.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from abft.files import write_json
-from bench.record import provenance, spread
+from bench.record import spread
+from bench.result_file import write_result
 
 name = "evaluation"
 description = "CPU: a whole evaluation pass over eight tasks, against bare forward passes over the same tokens"
@@ -33,6 +34,7 @@ MODEL = {
 
 
 def _tokenizer(texts: list[str]) -> Any:
+    """Return a byte-pair tokenizer that is learnt from the texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -46,13 +48,8 @@ def _tokenizer(texts: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def run(out: Path, limit: int | None = None) -> Path:
-    """Measures and writes `cpu_evaluation.json`.
-
-    Args:
-        out: folder.
-        limit: queries of each task, at most.
-    """
+def collect(limit: int | None = None) -> dict[str, Any]:
+    """Return the ratios of the times, over rounds in which the methods take turns; `limit`: queries of each task."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -98,27 +95,37 @@ def run(out: Path, limit: int | None = None) -> Path:
             for prompt in few:
                 bare_model(torch.tensor([prompt.input_ids]), output_hidden_states=True)
 
-    methods = {"pass": whole_pass, "bare": bare, "single": single}
-    scale = {"single": tokens / sum(prompt.length for prompt in few)}
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
     single()  # warms up
+    methods = {"pass": whole_pass, "bare": bare, "single": single}
+    ratios = _ratios(methods, scale={"single": tokens / sum(prompt.length for prompt in few)})
+    prompts = sum(len(suite.normal) for suite in suites)
+    for title, ratio in ratios.items():
+        print(f"{title}: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}), {prompts} prompts")
+    return {
+        "prompts": prompts,
+        "tokens": tokens,
+        "batch": BATCH,
+        "model": MODEL,
+        "threads": torch.get_num_threads(),
+        "ratios": ratios,
+    }
+
+
+def _ratios(methods: dict[str, Callable[[], None]], scale: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Time the methods in turn; return the spread of each one's scaled seconds over those of `bare`."""
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
     for _ in range(REPEATS):
         for method, work in methods.items():
             started = time.perf_counter()
             work()
             seconds[method].append((time.perf_counter() - started) * scale.get(method, 1.0))
-    ratios = {
+    return {
         f"{method} / bare": spread([a / b for a, b in zip(times, seconds["bare"], strict=True)])
         for method, times in seconds.items()
         if method != "bare"
     }
-    path = out / "cpu_evaluation.json"
-    prompts = sum(len(suite.normal) for suite in suites)
-    write_json(
-        path,
-        {"provenance": provenance(), "prompts": prompts, "tokens": tokens, "batch": BATCH, "model": MODEL,
-         "threads": torch.get_num_threads(), "ratios": ratios},
-    )  # fmt: skip
-    for what, ratio in ratios.items():
-        print(f"{what}: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}), {prompts} prompts")
-    return path
+
+
+def run(out_dir: Path) -> Path:
+    """Measure, write `cpu_evaluation.json`, and return its path."""
+    return write_result(out_dir / "cpu_evaluation.json", collect)

@@ -12,20 +12,13 @@ alone. Peak memory is what the pass adds to the resident memory just before it.
 
 from __future__ import annotations
 
-import gc
-import json
 import math
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from abft.files import write_json
-from abft.provenance import resident_peak
-from bench.record import provenance, spread
+from bench.cases.own_process import Tokens, collect_rows, in_own_process, median, print_measurement
+from bench.result_file import write_result
 
 name = "memory"
 description = "CPU: peak memory and time of a forward and backward pass with masses; eager, abft, sdpa"
@@ -38,29 +31,14 @@ MODEL = {
 }  # fmt: skip
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) << 10
-    raise RuntimeError(f"no {field} in /proc/self/status")
-
-
-def _reset_peak() -> bool:
-    """Makes the peak of the process start anew (Linux); elsewhere the baseline is the peak of the imports."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _step(method: str, length: int) -> Any:
-    """The pass as a function without arguments."""
+def _make_step(method: str, tokens: str) -> Callable[[], None]:
+    """Return the pass as a function without arguments."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import abft
 
+    length = int(tokens)
     torch.manual_seed(0)
     implementation = "eager" if method == "eager" else "sdpa"
     model = LlamaForCausalLM._from_config(LlamaConfig(**MODEL), attn_implementation=implementation)
@@ -87,84 +65,53 @@ def _step(method: str, length: int) -> Any:
     return step
 
 
-def measure(make: Callable[[int], Callable[[], None]], length: int) -> dict[str, Any]:
-    """One pass of `make(length)` in this process: bytes above the memory before it, and seconds."""
-    import torch
-
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    make(64)()  # loads the libraries and their buffers
-    step = make(length)
-    gc.collect()
-    reset = _reset_peak()
-    before = _status("VmRSS") if reset else resident_peak()
-    start = time.perf_counter()
-    step()
-    seconds = time.perf_counter() - start
-    after = _status("VmHWM") if reset else resident_peak()  # ru_maxrss does not follow the reset on every kernel
-    return {"bytes": max(0, after - before), "seconds": seconds}
+def _measured(method: str, tokens: Tokens) -> dict[str, Any]:
+    return in_own_process("memory", method, tokens)
 
 
-def in_process_of_its_own(module: str, method: str, length: int, returns_memory: bool = False) -> dict[str, Any]:
-    """What `python -m bench.cases.MODULE METHOD LENGTH` prints last, as JSON; one thread.
+def collect(
+    lengths: Sequence[int] = LENGTHS,
+    repeats: int = 3,
+    log: Callable[[str], Any] = print,
+    measured: Callable[[str, Tokens], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Return rows by method and length, ratios to eager and sdpa, and the exponent of time in the length.
 
-    `returns_memory`: glibc gives every tensor's memory back at once, so that resident memory is live memory; slower.
+    `measured` gives bytes and seconds of a method at a length; None: in a process of its own.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if returns_memory:
-        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    done = subprocess.run(
-        [sys.executable, "-m", f"bench.cases.{module}", method, str(length)],
-        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{method} at {length} tokens failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def collect(lengths: tuple[int, ...] = LENGTHS, repeats: int = 3, log: Any = print) -> dict[str, Any]:
-    """Rows by method and length, ratios to eager, and how time grows with the length."""
-    rows: list[dict[str, Any]] = []
-    for length in lengths:
-        # The methods in turn, so that a busy spell of the machine hits all of them.
-        rounds = [
-            {method: in_process_of_its_own("memory", method, length) for method in METHODS} for _ in range(repeats)
-        ]
-        for method in METHODS:
-            memory, seconds = (spread([done[method][key] for done in rounds]) for key in ("bytes", "seconds"))
-            rows.append({"method": method, "tokens": length, "bytes": memory, "seconds": seconds})
-            log(f"{method:5} {length:5} tokens: {memory['median'] / 2**20:8.1f} MiB, {seconds['median']:7.2f} s")
-
-    def median(method: str, length: int, key: str) -> float:
-        return next(r[key]["median"] for r in rows if (r["method"], r["tokens"]) == (method, length))
-
+    rows = collect_rows(METHODS, lengths, measured or _measured, repeats, log)
+    of = median(rows)
     ratios = [
-        {
-            "tokens": length,
-            "memory_abft_to_eager": median("abft", length, "bytes") / median("eager", length, "bytes"),
-            "memory_abft_to_sdpa": median("abft", length, "bytes") / median("sdpa", length, "bytes"),
-            "time_abft_to_eager": median("abft", length, "seconds") / median("eager", length, "seconds"),
-            "time_abft_to_sdpa": median("abft", length, "seconds") / median("sdpa", length, "seconds"),
+        {"tokens": length}
+        | {
+            f"{kind}_abft_to_{other}": of("abft", length, key) / of(other, length, key)
+            for kind, key in (("memory", "bytes"), ("time", "seconds"))
+            for other in ("eager", "sdpa")
         }
         for length in lengths
     ]
     # The exponent x in time ~ N^x over the upper half of the lengths.
     low, high = lengths[len(lengths) // 2], lengths[-1]
     exponents = {
-        method: math.log(median(method, high, "seconds") / median(method, low, "seconds")) / math.log(high / low)
+        method: math.log(of(method, high, "seconds") / of(method, low, "seconds")) / math.log(high / low)
         for method in METHODS
         if high > low
     }
-    return {"model": MODEL, "dtype": "float32", "threads": 1, "repeats": repeats, "rows": rows, "ratios": ratios,
-            "time_exponent": {"from": low, "to": high, **exponents}}  # fmt: skip
+    return {
+        "model": MODEL,
+        "dtype": "float32",
+        "threads": 1,
+        "repeats": repeats,
+        "rows": rows,
+        "ratios": ratios,
+        "time_exponent": {"from": low, "to": high, **exponents},
+    }
 
 
-def run(out_dir: Path, repeats: int = 3) -> Path:
-    """Measures every method and length, writes `cpu_memory.json`, and returns its path."""
-    path = out_dir / "cpu_memory.json"
-    source = provenance()
-    write_json(path, {"provenance": source, **collect(repeats=repeats)})
-    return path
+def run(out_dir: Path) -> Path:
+    """Measure every method and length, write `cpu_memory.json`, and return its path."""
+    return write_result(out_dir / "cpu_memory.json", collect)
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(lambda length: _step(sys.argv[1], length), int(sys.argv[2]))))
+    print_measurement(_make_step)

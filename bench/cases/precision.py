@@ -1,20 +1,21 @@
 """The gradient of a saturated head in bfloat16: this package's form of the mass against the two shortcuts.
 
     abft          dS_ij = P_ij Σ_g dmass_g (w_jg − mass_ig), w − mass in float32 for each element
-    LSE           mass = exp(LSE_g − LSE): two attentions, each of which hands its gradient back in bfloat16
+    LSE           mass = exp(LSE_g − LSE): two attentions, each of which returns its gradient in bfloat16
     columns       indicator columns of V: the mass is an output in bfloat16, and D = dO·O is made from it
 
-The two shortcuts are written as what a bfloat16 kernel computes: float32 inside, its inputs and results rounded. The
-figure is ‖dQ − oracle‖ / ‖oracle‖ against float64, as the gradient of Σ mass, at mean masses from 0.5 to 0.999.
+The two shortcuts compute as a bfloat16 kernel does: float32 inside, inputs and results rounded. The figure is
+‖dQ − oracle‖ / ‖oracle‖ against float64, as the gradient of Σ mass, at mean masses from 0.5 to 0.999.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from abft.files import write_json
-from bench.record import provenance
+from bench.record import spread
+from bench.result_file import write_result
 
 name = "precision"
 description = "any device: the bf16 gradient of saturated heads; this package, LSE difference, columns of V"
@@ -24,7 +25,7 @@ _TOKENS, _HEAD_DIM, _HEADS = 256, 64, 4
 
 
 def _saturated(target: float, seed: int) -> tuple[Any, Any]:
-    """bfloat16 q and k `(1, H, N, D)` such that key 0 takes `target` of the mass on average."""
+    """Return bfloat16 q and k `(1, H, N, D)` such that key 0 takes `target` of the mass on average."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -41,7 +42,7 @@ def _saturated(target: float, seed: int) -> tuple[Any, Any]:
 
 
 def _shortcuts(q: Any, k: Any, groups: Any) -> dict[str, Any]:
-    """dQ of Σ mass by the two forms, as bfloat16 kernels compute it."""
+    """Return dQ of Σ mass by the two shortcuts, as bfloat16 kernels compute it."""
     import torch
 
     def bf16(x: Any) -> Any:
@@ -60,12 +61,11 @@ def _shortcuts(q: Any, k: Any, groups: Any) -> dict[str, Any]:
 
 
 def collect(device: Any, seeds: int = 5) -> list[dict[str, Any]]:
-    """A row for each mean mass and form: median and spread of the relative error over seeds."""
+    """Return a row for each mean mass and form: median and spread of the relative error over seeds."""
     import torch
 
     import abft_kernels
     from bench.gpu.timing import relative_error
-    from bench.record import spread
 
     groups = torch.full((1, _TOKENS), -1, device=device)
     groups[:, 0] = 0
@@ -90,18 +90,17 @@ def collect(device: Any, seeds: int = 5) -> list[dict[str, Any]]:
 
 
 def run(out_dir: Path) -> Path:
-    """Writes `precision.json` (the Triton kernels interpreted where there is no GPU) and returns its path."""
-    import os
-
+    """Write `precision_cuda.json`, or `precision_cpu.json` with the kernels interpreted, and return its path."""
     import torch
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = out_dir / f"precision_{device.type}.json"
-    source = provenance(("torch", "triton"))
-    rows = collect(device)
-    for row in rows:
-        print(f"mass {row['mass']:<6} {row['form']:16} error of dQ {row['error']['median']:.3%}")
-    write_json(path, {"provenance": source, "tokens": _TOKENS, "head_dim": _HEAD_DIM, "rows": rows})
-    return path
+
+    def data() -> dict[str, Any]:
+        rows = collect(device)
+        for row in rows:
+            print(f"mass {row['mass']:<6} {row['form']:16} error of dQ {row['error']['median']:.3%}")
+        return {"tokens": _TOKENS, "head_dim": _HEAD_DIM, "rows": rows}
+
+    return write_result(out_dir / f"precision_{device.type}.json", data, ("torch", "triton"))

@@ -13,14 +13,14 @@ memory is what the step adds to the resident memory just before it; `abft plan` 
 
 from __future__ import annotations
 
-import json
-import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from abft.files import write_json
-from bench.cases.memory import in_process_of_its_own, measure
-from bench.record import provenance, spread
+from bench.cases.own_process import Tokens, collect_rows, in_own_process, median, print_measurement
+from bench.result_file import write_result
 
 name = "training"
 description = "CPU: time and peak memory of a training step, both gradient modes, beside the published code's shape"
@@ -34,70 +34,40 @@ MODEL = {
 }  # fmt: skip
 
 
-def _step(method: str, prompts: int, length: int) -> Any:
-    """The step as a function without arguments."""
+def _make_step(method: str, tokens: str) -> Callable[[], None]:
+    """Return the step as a function without arguments."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import abft
-    from abft.losses import abft_loss
     from abft.models.projections import train_qk
+    from bench.steps import label_groups, packed_step, reference_step
 
+    prompts, length = PAPER if tokens == "paper" else (1, int(tokens))
     torch.manual_seed(0)
-    implementation = {"reference": "eager", "forward": "sdpa"}.get(method, "sdpa")
+    implementation = "eager" if method == "reference" else "sdpa"
     model = LlamaForCausalLM._from_config(LlamaConfig(**MODEL), attn_implementation=implementation)
     train_qk(model)
     if method in ("full", "restricted"):
         abft.enable(model)
     ids = torch.randint(0, MODEL["vocab_size"], (prompts, length))
-    groups = torch.full((prompts, length), -1)
-    places = torch.arange(1, 9) * length // 10
-    groups[:, places] = torch.arange(8) % 2
-
-    def loss_of(masses: Any) -> Any:
-        count = masses[0].shape[0]
-        k, lengths = torch.full((count,), 8), torch.full((count,), length)
-        correct = torch.full((count,), 4)
-        return abft_loss(masses, correct, k, lengths, head_filter=False).per_prompt.sum() / prompts
-
-    def reference() -> None:
-        indicator = torch.stack([groups == 0, groups == 1], dim=-1).float()
-        for prompt in range(prompts):
-            outputs = model(ids[prompt : prompt + 1], output_attentions=True, use_cache=False)
-            rows = [attention[:, :, -1:] @ indicator[prompt, None, None] for attention in outputs.attentions]
-            loss_of(rows).backward()
-
-    def packed() -> None:
-        bounds = torch.arange(prompts + 1) * length
-        inputs: dict[str, Any] = {
-            "input_ids": ids.view(1, -1), "key_groups": groups.view(1, -1), "cu_seqlens": bounds,
-            "query_positions": bounds[1:, None] - 1,
-        }  # fmt: skip
-        if method == "full":
-            loss_of(abft.layer_masses(model, **inputs)).backward()
-            return
-
-        def backward(mass: Any) -> Any:
-            loss_of([mass]).backward()
-            return mass.detach()
-
-        abft.layer_masses(model, **inputs, detach=True, on_mass=backward)
+    groups = label_groups(prompts, length)
 
     def forward() -> None:
         with torch.no_grad():
             model.model(ids, use_cache=False)
 
-    return {"reference": reference, "forward": forward}.get(method, packed)
-
-
-def _make(method: str) -> Any:
-    return lambda length: _step(method, *((1, length) if length else PAPER))
+    steps: dict[str, Callable[[], None]] = {
+        "reference": partial(reference_step, model, ids, groups),
+        "full": partial(packed_step, model, ids, groups, restricted=False),
+        "restricted": partial(packed_step, model, ids, groups, restricted=True),
+        "forward": forward,
+    }
+    return steps[method]
 
 
 def planned(method: str, length: int) -> int:
-    """Bytes of `abft plan` for activations and gradients of the step."""
-    import tempfile
-
+    """Return the bytes that `abft plan` counts for activations and gradients of the step."""
     from transformers import LlamaConfig
 
     from abft.training.plan import plan
@@ -108,45 +78,37 @@ def planned(method: str, length: int) -> int:
     return int(parts["activations"] + parts["gradients and Adam"] / 3)
 
 
-def _both(method: str, length: int) -> dict[str, float]:
-    """Bytes and seconds, from two processes: the one whose memory is exact is slower."""
-    memory = in_process_of_its_own("training_step", method, length, returns_memory=True)["bytes"]
-    return {"bytes": memory, "seconds": in_process_of_its_own("training_step", method, length)["seconds"]}
+def _measured(method: str, tokens: Tokens) -> dict[str, float]:
+    """Return bytes and seconds, from two processes: the one whose memory is exact is slower."""
+    memory = in_own_process("training_step", method, tokens, returns_memory=True)["bytes"]
+    return {"bytes": memory, "seconds": in_own_process("training_step", method, tokens)["seconds"]}
 
 
-def collect(lengths: tuple[int, ...] = LENGTHS, repeats: int = 3, log: Any = print) -> dict[str, Any]:
-    """Rows by method and length (0: the paper's pseudo-batch), and ratios."""
-    rows: list[dict[str, Any]] = []
-    for length in (0, *lengths):
-        rounds = [{m: _both(m, length) for m in METHODS} for _ in range(repeats)]
-        for method in METHODS:
-            memory, seconds = (spread([done[method][key] for done in rounds]) for key in ("bytes", "seconds"))
-            row = {"method": method, "tokens": length or "paper", "bytes": memory, "seconds": seconds}
-            if length and method in ("full", "restricted"):
-                row["planned_bytes"] = planned(method, length)
-            rows.append(row)
-            log(f"{method:10} {row['tokens']!s:>6}: {memory['median'] / 2**20:8.1f} MiB, {seconds['median']:7.2f} s")
-
-    def median(method: str, length: Any, key: str) -> float:
-        return next(r[key]["median"] for r in rows if (r["method"], r["tokens"]) == (method, length))
-
+def collect(lengths: Sequence[int] = LENGTHS, repeats: int = 3, log: Callable[[str], Any] = print) -> dict[str, Any]:
+    """Return rows by method and tokens, with the bytes that `abft plan` counts, and ratios."""
+    sizes: tuple[Tokens, ...] = ("paper", *lengths)
+    rows = collect_rows(METHODS, sizes, _measured, repeats, log)
+    for row in rows:
+        if row["tokens"] != "paper" and row["method"] in ("full", "restricted"):
+            row["planned_bytes"] = planned(row["method"], row["tokens"])
+    of = median(rows)
+    pairs = (("full", "reference"), ("restricted", "reference"), ("restricted", "forward"))
     ratios = [
-        {"tokens": n}
-        | {f"{key}_{a}_to_{b}": median(a, n, key) / median(b, n, key)
-           for key in ("bytes", "seconds")
-           for a, b in (("full", "reference"), ("restricted", "reference"), ("restricted", "forward"))}
-        for n in ("paper", *lengths)
-    ]  # fmt: skip
+        {"tokens": tokens}
+        | {
+            f"{key}_{a}_to_{b}": of(a, tokens, key) / of(b, tokens, key)
+            for key in ("bytes", "seconds")
+            for a, b in pairs
+        }
+        for tokens in sizes
+    ]
     return {"model": MODEL, "dtype": "float32", "threads": 1, "repeats": repeats, "rows": rows, "ratios": ratios}
 
 
-def run(out_dir: Path, repeats: int = 3) -> Path:
-    """Measures every method and length, writes `cpu_training.json`, and returns its path."""
-    path = out_dir / "cpu_training.json"
-    source = provenance()
-    write_json(path, {"provenance": source, **collect(repeats=repeats)})
-    return path
+def run(out_dir: Path) -> Path:
+    """Measure every method and length, write `cpu_training.json`, and return its path."""
+    return write_result(out_dir / "cpu_training.json", collect)
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(_make(sys.argv[1]), int(sys.argv[2]))))
+    print_measurement(_make_step)

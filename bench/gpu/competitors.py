@@ -1,7 +1,7 @@
-"""What the kernels are compared with: every other way to get an attention output, a mass, or both.
+"""The competitors of the kernels: every other way to get an attention output, a mass, or both.
 
 Each takes q `(B, H, N, D)`, k and v `(B, H_kv, N, D)` and key groups `(B, N)`, causal, and returns its results; it
-raises where it cannot run. `out`, and `mass` where it gives one, are what a training step would use.
+raises where it cannot run. A training step would use `out`, and `mass` where there is one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import abft_kernels
 
-__all__ = ["FLEX", "FUSED", "OURS", "ROWS", "Attention"]
+__all__ = ["FLEX", "FUSED", "OURS", "ROWS", "Attention", "Flex"]
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, ...]]
 
@@ -35,7 +35,7 @@ def _expanded(x: Tensor, heads: int) -> Tensor:
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
-    """As transformers' eager attention: scores in the input dtype, softmax in float32, all N × N of it."""
+    """Compute as transformers' eager attention: N × N scores in the input dtype, softmax in float32."""
     scores = q @ _expanded(k, q.shape[1]).transpose(-1, -2) / math.sqrt(q.shape[-1])
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1, dtype=torch.float32).to(q.dtype)
@@ -58,7 +58,7 @@ def _sdpa(backend: SDPBackend) -> Attention:
 
 
 def recomputed_row(q_row: Tensor, k: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """Mass `(B, H, 1, G)` of the last row in plain PyTorch: q Kᵀ, softmax, a product with the indicator."""
+    """Return the mass `(B, H, 1, G)` of the last row in plain PyTorch: q Kᵀ, softmax, a product with the indicator."""
     batch, heads, rows, head_dim = q_row.shape
     packed = q_row.reshape(batch, k.shape[1], heads // k.shape[1] * rows, head_dim)
     scores = (packed @ k.transpose(-1, -2)).float() / math.sqrt(head_dim)
@@ -88,25 +88,25 @@ def _causal(b: Any, h: Any, row: Any, key: Any) -> Any:
     return row >= key
 
 
-class _Flex:
-    """FlexAttention, compiled for each shape that it meets; its block masks are made outside of the timed part."""
+class Flex:
+    """FlexAttention, compiled for each shape that it meets; the causal block mask of a length is made once."""
 
     def __init__(self) -> None:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         self.create = create_block_mask
         self.attention = torch.compile(flex_attention, dynamic=False)
-        self.masks: dict[tuple[int, str], Any] = {}
+        self.masks: dict[int, Any] = {}
 
     def mask(self, q: Tensor) -> Any:
-        key = (q.shape[2], "causal")
-        if key not in self.masks:
-            self.masks[key] = self.create(_causal, None, None, q.shape[2], q.shape[2], device=q.device)
-        return self.masks[key]
+        n = q.shape[2]
+        if n not in self.masks:
+            self.masks[n] = self.create(_causal, None, None, n, n, device=q.device)
+        return self.masks[n]
 
 
-def flex_columns(flex: _Flex) -> Attention:
-    """V widened by an indicator column for each group, padded to a width that its kernel takes."""
+def flex_columns(flex: Flex) -> Attention:
+    """Return attention with an indicator column of V for each group, padded to a width that the kernel takes."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
         columns = _indicator(groups, num_groups, v.dtype)[:, None].expand(-1, v.shape[1], -1, -1)
@@ -118,8 +118,9 @@ def flex_columns(flex: _Flex) -> Attention:
     return attention
 
 
-def flex_second_lse(flex: _Flex) -> Attention:
-    """exp(LSE_g − LSE): a second attention over the keys of each group, for its LSE."""
+def flex_second_lse(flex: Flex) -> Attention:
+    """Return attention with masses exp(LSE_g − LSE), from a second attention over the keys of each group."""
+    masks: dict[Any, Any] = {}
 
     def attention(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
         grouped = q.shape[1] != k.shape[1]
@@ -132,15 +133,13 @@ def flex_second_lse(flex: _Flex) -> Attention:
             def visible(b: Any, h: Any, row: Any, key: Any, kept: Tensor = kept) -> Any:
                 return row >= kept[b, key]
 
-            mask = self_masks.get((q.shape, g))
-            if mask is None:
-                mask = flex.create(visible, q.shape[0], None, q.shape[2], kept.shape[1], device=q.device)
-                self_masks[q.shape, g] = mask
+            if (q.shape, g) not in masks:
+                masks[q.shape, g] = flex.create(visible, len(q), None, q.shape[2], kept.shape[1], device=q.device)
+            mask = masks[q.shape, g]
             of_group = flex.attention(q, *chosen, block_mask=mask, enable_gqa=grouped, return_lse=True)[1]
             masses.append(torch.exp(of_group - lse))
         return out, torch.stack(masses, -1)
 
-    self_masks: dict[Any, Any] = {}
     return attention
 
 
@@ -156,14 +155,10 @@ FUSED: dict[str, tuple[Attention, int]] = {
     "flash-attn 2": (_flash_attn, 1 << 20),
     "flash-attn 3": (_flash_attn_3, 1 << 20),
 }
-FLEX: dict[str, Callable[[_Flex], Attention]] = {
+FLEX: dict[str, Callable[[Flex], Attention]] = {
     "FlexAttention, V columns": flex_columns,
     "FlexAttention, second LSE": flex_second_lse,
 }
-
-
-def flex() -> _Flex:
-    return _Flex()
 
 
 ROWS: dict[str, Callable[[], Callable[..., Tensor]]] = {

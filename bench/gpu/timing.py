@@ -1,4 +1,4 @@
-"""Times, ceilings and the state of the card: everything that a GPU figure needs beside itself."""
+"""Times, peak memory, ceilings and the state of the card, for every GPU figure."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Budget", "ceilings", "gpu_state", "measure", "peak_bytes"]
+__all__ = ["Budget", "ceilings", "gpu_state", "measure", "peak_bytes", "relative_error"]
 
 
 class Budget:
-    """Seconds left of a run: what does not fit is skipped and said."""
+    """The seconds left of a run; a row that does not fit is skipped and says so."""
 
     def __init__(self, seconds: float):
         self.end = time.monotonic() + seconds
@@ -24,7 +24,7 @@ class Budget:
 
 
 def measure(function: Callable[[], Any], device: torch.device, seconds: float = 0.1) -> dict[str, float]:
-    """Milliseconds of one call: median, and the 20th and 80th percentile as `low` and `high`.
+    """Return milliseconds of one call: median, and the 20th and 80th percentile as `low` and `high`.
 
     On a GPU between CUDA events with the L2 cache flushed before each call (`triton.testing.do_bench`), for about
     `seconds`; at least five calls. On a CPU by the wall clock, three calls: enough to see that the code runs.
@@ -49,7 +49,7 @@ def measure(function: Callable[[], Any], device: torch.device, seconds: float = 
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that one call has allocated at its peak above what stood before, results included; None on a CPU."""
+    """Return the bytes that one call allocates at its peak, results included; None on a CPU."""
     if device.type != "cuda":
         function()
         return None
@@ -65,7 +65,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def ceilings(device: torch.device) -> dict[str, Any]:
-    """What this card does at best: a copy in device memory (bytes read and written), a bf16 matrix product."""
+    """Measure the ceilings of this card: a copy in device memory (bytes read and written), a bf16 matrix product."""
     large = device.type == "cuda"
     source = torch.empty((1 << 31) if large else (1 << 22), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -74,21 +74,26 @@ def ceilings(device: torch.device) -> dict[str, Any]:
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     product = measure(lambda: a @ b, device)
     return {
-        "copy_gb_per_s": 2 * source.numel() / copy["median"] / 1e6, "copy_ms": copy,
-        "matmul_tflops": 2 * size**3 / product["median"] / 1e9, "matmul_ms": product, "matmul_size": size,
-    }  # fmt: skip
+        "copy_gb_per_s": 2 * source.numel() / copy["median"] / 1e6,
+        "copy_ms": copy,
+        "matmul_tflops": 2 * size**3 / product["median"] / 1e9,
+        "matmul_ms": product,
+        "matmul_size": size,
+    }
 
 
 def gpu_state(device: torch.device) -> dict[str, Any]:
-    """Name, memory, multiprocessors, driver, and the clocks as they are read; nothing is set."""
+    """Return name, memory, multiprocessors, driver, and the clocks as they are read; nothing is set."""
     if device.type != "cuda":
         return {"name": None, "reason": "no CUDA GPU"}
     properties = torch.cuda.get_device_properties(device)
     state: dict[str, Any] = {
-        "name": properties.name, "memory_bytes": properties.total_memory, "capability": list(
-            torch.cuda.get_device_capability(device)), "multiprocessors": properties.multi_processor_count,
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": list(torch.cuda.get_device_capability(device)),
+        "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
-    }  # fmt: skip
+    }
     try:
         import pynvml
 
@@ -106,5 +111,5 @@ def gpu_state(device: torch.device) -> dict[str, Any]:
 
 
 def relative_error(ours: Tensor, oracle: Tensor) -> float:
-    """‖ours − oracle‖ / ‖oracle‖ in float64."""
+    """Return ‖ours − oracle‖ / ‖oracle‖ in float64."""
     return ((ours.double() - oracle.double()).norm() / oracle.double().norm().clamp(min=1e-300)).item()

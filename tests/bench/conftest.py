@@ -1,4 +1,4 @@
-"""The benchmarks are no installed package: they are imported from the repository."""
+"""The benchmarks are not installed: tests import them from the repository."""
 
 import sys
 from pathlib import Path

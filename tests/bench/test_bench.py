@@ -1,4 +1,4 @@
-"""The command line of the benchmarks, and what results say of themselves."""
+"""The command line of the benchmarks, and the provenance in results."""
 
 import json
 import os
@@ -18,8 +18,13 @@ def test_list_of_cases():
         [sys.executable, "-m", "bench"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
-        "memory", "training", "evaluation", "precision", "aot", "--gpu",
-    ]  # fmt: skip
+        "memory",
+        "training",
+        "evaluation",
+        "precision",
+        "aot",
+        "--gpu",
+    ]
 
 
 def test_results_say_where_they_come_from(tmp_path):

@@ -1,4 +1,4 @@
-"""Cases that a CPU can time: `pytest tests/bench/test_benchmarks.py --benchmark-enable`, for ratios within one run.
+"""Timings on a CPU, for ratios within one run: `pytest tests/bench/test_benchmarks.py --benchmark-enable`.
 
 Disabled, as in the test command, each runs once and its result is checked.
 """

@@ -1,4 +1,4 @@
-"""Pre-training of the demo model: its language, and that the recipe still begins as the committed weights did."""
+"""Pre-training of the demo model: its language, its options, and the same weights for the same seed."""
 
 import random
 from dataclasses import replace
@@ -11,8 +11,23 @@ from abft.demo import corpus
 from abft.demo.run import MODEL
 from bench import recipe
 
-SMALL = ["--hidden_size", "32", "--layers", "1", "--heads", "2", "--repeat_steps", "3", "--prompt_steps", "3",
-         "--batch_size", "4", "--threads", "1", "--quiet"]  # fmt: skip
+SMALL = [
+    "--hidden_size",
+    "32",
+    "--layers",
+    "1",
+    "--heads",
+    "2",
+    "--repeat_steps",
+    "3",
+    "--prompt_steps",
+    "3",
+    "--batch_size",
+    "4",
+    "--threads",
+    "1",
+    "--quiet",
+]
 
 
 def weights(folder, *flags):
@@ -21,7 +36,7 @@ def weights(folder, *flags):
 
 
 def test_language_of_the_committed_model():
-    """Its vocabulary, order included; and the draws that its pre-training began with."""
+    """Vocabulary and its order, and the first draws of pre-training, are those of the committed weights."""
     packaged = AutoTokenizer.from_pretrained(MODEL)
     assert recipe.build_tokenizer().get_vocab() == packaged.get_vocab()
     task, demonstrations, query = recipe.Recipe().pretraining_prompt(random.Random(0))
@@ -52,8 +67,25 @@ def test_warm_up_begins_at_nothing(tmp_path):
 
 def test_other_sizes(tmp_path, capsys):
     output = tmp_path / "model"
-    recipe.main(["--output", str(output), *SMALL, "--classes", "8", "--demonstrations", "12", "--shortest_text", "3",
-                 "--longest_text", "9", "--context", "1024", "--save_dtype", "bfloat16"])  # fmt: skip
+    recipe.main(
+        [
+            "--output",
+            str(output),
+            *SMALL,
+            "--classes",
+            "8",
+            "--demonstrations",
+            "12",
+            "--shortest_text",
+            "3",
+            "--longest_text",
+            "9",
+            "--context",
+            "1024",
+            "--save_dtype",
+            "bfloat16",
+        ]
+    )
     model = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
     assert model.dtype == torch.bfloat16
     assert model.config.max_position_embeddings == AutoTokenizer.from_pretrained(output).model_max_length == 1024
@@ -64,9 +96,7 @@ def test_other_sizes(tmp_path, capsys):
 def test_lengths_of_texts():
     made = replace(recipe.Recipe(), shortest_text=3, longest_text=9)
     rng = random.Random(0)
-    lengths = {
-        len(example.text.split()) - 1 for _ in range(40) for example in made.pretraining_prompt(rng)[1]
-    }  # fmt: skip
+    lengths = {len(example.text.split()) - 1 for _ in range(40) for example in made.pretraining_prompt(rng)[1]}
     assert lengths == set(range(3, 10))
 
 

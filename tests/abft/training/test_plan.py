@@ -141,10 +141,10 @@ def test_other_architectures(kind, tmp_path):
 def test_within_ten_percent_of_the_measured_peak(method):
     """A step of the benchmark's model in a process of its own, by its resident memory."""
     sys.path.insert(0, str(ROOT))
-    from bench.cases.memory import in_process_of_its_own
+    from bench.cases.own_process import in_own_process
     from bench.cases.training_step import planned
 
-    measured = in_process_of_its_own("training_step", method, 4096, returns_memory=True)["bytes"]
+    measured = in_own_process("training_step", method, 4096, returns_memory=True)["bytes"]
     assert planned(method, 4096) == pytest.approx(measured, rel=0.1)
 
 

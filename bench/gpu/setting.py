@@ -1,0 +1,75 @@
+"""A run of the GPU suites, and the inputs, lengths and failures that every suite shares.
+
+A suite yields rows (dicts); a row that could not be measured has a `reason` in place of figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.gpu.timing import Budget
+from bench.steps import label_groups
+
+__all__ = ["ROOT", "Row", "Setting", "groups_of", "inputs", "shape", "tried"]
+
+ROOT = Path(__file__).parents[2]
+Row = dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """The device, the time left, and the size of shapes of one run."""
+
+    device: torch.device
+    budget: Budget
+    tiny: bool  # shapes for the interpreter: the code runs, nothing is measured
+    alone: bool = False  # one suite, which may have all the time
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.tiny else torch.bfloat16
+
+    def random(self, *size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return normal values on the device, which need a gradient."""
+        values = torch.randn(*size, device=self.device, dtype=self.dtype, generator=generator)
+        return values.requires_grad_()
+
+
+def shape(setting: Setting, n: int, grouped: bool) -> tuple[int, int, int]:
+    """Return batch, heads and KV heads: about 16k tokens, and fewer heads where one pass would take long."""
+    if setting.tiny:
+        return 1, 2, 1 if grouped else 2
+    batch = max(1, 16384 // n)
+    heads = 40 if n <= 16384 else 10
+    return batch, heads, heads // 5 if grouped else heads
+
+
+def inputs(setting: Setting, n: int, head_dim: int, grouped: bool, seed: int = 0) -> list[Tensor]:
+    """Return random q, k and v."""
+    batch, heads, kv_heads = shape(setting, n, grouped)
+    generator = torch.Generator(device=setting.device).manual_seed(seed)
+    return [setting.random(batch, h, n, head_dim, generator=generator) for h in (heads, kv_heads, kv_heads)]
+
+
+def groups_of(x: Tensor, dense: bool) -> Tensor:
+    """Return two groups of the keys of `x`: every key in one of them, or eight labels as in a prompt."""
+    batch, n = x.shape[0], x.shape[2]
+    if dense:
+        return (torch.arange(n, device=x.device) % 2).to(torch.int8).expand(batch, n).contiguous()
+    return label_groups(batch, n, x.device)
+
+
+def tried(work: Callable[[], Row]) -> Row:
+    """Return the row, or the reason for its absence: a competitor that cannot run is part of the comparison."""
+    try:
+        return work()
+    except Exception as error:  # of memory, of a missing package, of a compiler
+        lines = str(error).splitlines()
+        return {"reason": f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__}
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
