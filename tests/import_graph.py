@@ -14,7 +14,7 @@ PACKAGES = ("abft", "abft_kernels", "bench")
 # From the bottom to the top: a part may import from itself and from the layers below its own, not from its neighbours.
 LAYERS = (
     ("abft_kernels",),
-    ("abft.files", "abft.provenance", "abft.losses", "abft.prompts"),
+    ("abft.files", "abft.provenance", "abft.losses", "abft.prompts", "abft.version"),
     ("abft.models",),
     ("abft.evaluation",),
     ("abft.training", "abft.analysis", "abft.plots"),

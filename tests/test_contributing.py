@@ -74,7 +74,7 @@ def test_architecture_names_every_folder():
 
 
 def test_lower_bounds_are_what_the_oldest_run_installs():
-    """`make test-oldest` installs the bounds of Triton, transformers, peft and accelerate, `make test` that of torch."""
+    """`make test-oldest` installs the bounds of Triton and the Hugging Face packages, `make test` that of torch."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     dependencies = project[project.index("dependencies = [") : project.index("[project.optional-dependencies]")]
     bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', dependencies))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from abft.provenance import resident_peak
 from bench.record import spread
 
 __all__ = ["collect_rows", "in_own_process", "measure", "median", "print_measurement"]
@@ -30,10 +30,6 @@ def _status(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1]) << 10
     raise RuntimeError(f"no {field} in /proc/self/status")
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def _reset_peak() -> bool:
@@ -54,11 +50,11 @@ def measure(make_step: MakeStep, method: str, tokens: str) -> dict[str, Any]:
     step = make_step(method, tokens)
     gc.collect()
     reset = _reset_peak()
-    before = _status("VmRSS") if reset else _peak()
+    before = _status("VmRSS") if reset else resident_peak()
     start = time.perf_counter()
     step()
     seconds = time.perf_counter() - start
-    after = _status("VmHWM") if reset else _peak()  # ru_maxrss does not follow the reset on every kernel
+    after = _status("VmHWM") if reset else resident_peak()  # ru_maxrss does not follow the reset on every kernel
     return {"bytes": max(0, after - before), "seconds": seconds}
 
 

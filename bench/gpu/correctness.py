@@ -19,7 +19,7 @@ from bench.gpu.timing import relative_error
 
 __all__ = ["KERNEL_TESTS", "correctness"]
 
-KERNEL_TESTS = "tests/kernels"
+KERNEL_TESTS = "tests/abft_kernels"
 
 
 def run_kernel_tests(setting: Setting, workers: int) -> Row:
