@@ -1,4 +1,4 @@
-"""Shared by all tests: where they run. Without a GPU the Triton kernels run in Triton's interpreter, on the CPU."""
+"""Device and settings of all tests. Without a GPU the Triton kernels run in Triton's interpreter, on the CPU."""
 
 import os
 
@@ -16,12 +16,12 @@ torch.set_num_threads(1)  # the tensors are small, and pytest-xdist runs a proce
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """A GPU if there is one."""
+    """Return a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest result of any operator, below autograd and inside composite operators."""
+    """A mode that remembers the largest result of any operator, below autograd and inside composite operators."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.fixture
 def largest_tensor() -> type[LargestTensor]:
-    """A mode that tells whether an N × N tensor was made."""
+    """Return a mode that can show that no N × N tensor was made."""
     return LargestTensor
 
 

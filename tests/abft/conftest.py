@@ -1,4 +1,4 @@
-"""Shared by the tests of `abft`: prompts of a toy task, the demo model, and an experiment small enough to run whole."""
+"""Fixtures of the tests of `abft`: prompts of a toy task, the demo model, and an experiment that is small enough."""
 
 from __future__ import annotations
 

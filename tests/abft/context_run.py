@@ -1,4 +1,4 @@
-"""What a process of the context-parallel test runs: `torchrun context_run.py FOLDER`."""
+"""One process of the context-parallel test: `torchrun context_run.py FOLDER`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a process of `test_distributed` runs: `torchrun distributed_run.py FOLDER`.
+"""One process of `test_distributed`: `torchrun distributed_run.py FOLDER`.
 
 FOLDER holds `prompts.pt` and `runs.json`: a list of {name, kind, options}. Writes NAME.pt for each.
 """

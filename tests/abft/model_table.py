@@ -14,7 +14,7 @@ START, END = "<!-- models: made by tests/abft/model_table.py -->\n", "<!-- end o
 
 
 def _trained(kind: str) -> tuple[str, str]:
-    """How W_Q and W_K are trained in full, and whether LoRA finds them by itself."""
+    """Return the modules that full training changes, and ✓ if LoRA finds them by itself."""
     parts = {item.name.split(".")[-2]: item.fused for item in find_qk(tiny(kind))}
     try:
         lora_qk(tiny(kind))

@@ -1,4 +1,4 @@
-"""The adapter beside eager attention: batches, a pass through either, and what must be equal."""
+"""Comparison of the adapter with eager attention: batches, a pass through either, and results that must be equal."""
 
 import torch
 from tiny_models import SERVED, packed, padded, random_prompts
@@ -23,7 +23,7 @@ def positions(batch):
 
 
 def last_rows(batch, x):
-    """Of `(B, H, N, …)` the last row of each prompt, `(prompts, H, 1, …)`."""
+    """Return the last row of each prompt, `(prompts, H, 1, …)`, from `(B, H, N, …)`."""
     rows = batch["query_positions"]
     if "cu_seqlens" in batch:
         return x[0][:, rows].movedim(1, 0)

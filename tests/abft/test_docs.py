@@ -1,4 +1,4 @@
-"""What the documents say of the code: the table of models, and examples that run."""
+"""The documents agree with the code: the table of models, and the examples run."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_long_context_retrieval(tmp_path):
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
 )
 def test_several_processes(model_folder, files, tmp_path):
-    """Data parallel: accelerate gives its other engines to GPUs only (`test_distributed` runs them all)."""
+    """Data parallel only: accelerate offers its other engines on GPUs (`test_distributed` runs them all)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

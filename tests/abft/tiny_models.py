@@ -133,7 +133,7 @@ def random_prompts(lengths: tuple[int, ...], seed: int = 0) -> tuple[list[Tensor
 
 
 def packed(prompts: list[Tensor], groups: list[Tensor]) -> dict[str, Tensor]:
-    """The prompts one behind the other in a batch of one."""
+    """Return the prompts concatenated along the sequence dimension (batch size 1)."""
     cu_seqlens = torch.tensor([0, *(len(prompt) for prompt in prompts)]).cumsum(0)
     return {
         "input_ids": torch.cat(prompts)[None],

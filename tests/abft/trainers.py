@@ -1,4 +1,4 @@
-"""Short training runs of tiny models, and what two of them must have in common."""
+"""Short training runs of tiny models, and comparisons of two of them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def assert_same_trajectory(a, b, tolerance=1e-5):
 
 
 def assert_same_weights(mine, theirs, tolerance=1e-5):
-    """By their norm: Adam turns the rounding of a gradient near 0 into a visible step of that one element.
+    """Compare by norm: Adam turns the rounding of a gradient near 0 into a visible step of that one element.
 
     A run moves weights by some 5e-3 of their norm, so 1e-5 is a five-hundredth of what training does.
     """

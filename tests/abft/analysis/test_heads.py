@@ -27,7 +27,7 @@ def looking_everywhere_alike(kind="llama"):
 
 
 def inputs_seen_by(model, call):
-    """What `call` returns, and the token ids that reached the model meanwhile."""
+    """Return the result of `call`, and the token ids that reached the model meanwhile."""
     seen = []
     handle = model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
     try:

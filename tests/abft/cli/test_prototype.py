@@ -1,4 +1,4 @@
-"""The published code's options: each reaches what it stands for, and a command runs whole on a local model."""
+"""Each option of the published code reaches its counterpart, and a command runs whole on a local model."""
 
 import json
 import re

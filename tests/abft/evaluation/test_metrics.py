@@ -79,7 +79,7 @@ def test_paired_comparison():
 
 
 def test_interval_covers_as_often_as_it_says():
-    """Of 120 samples with a known difference, the 95 % interval holds it in about 95 %."""
+    """The 95 % interval holds the known difference in about 95 % of 120 samples."""
     rng = np.random.default_rng(1)
     inside = 0
     for _ in range(120):

@@ -1,4 +1,4 @@
-"""Prompts identical to StaICC 0.1.1's, which runs beside ours; and its files read without running anything in them."""
+"""Prompts equal those that StaICC 0.1.1 itself makes, and its files are read without running code in them."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def pair(request, staicc):
 
 
 def builder_without_tokenizer(task: Task) -> PromptBuilder:
-    """Of text only."""
+    """Return a builder of text only."""
     builder = PromptBuilder.__new__(PromptBuilder)
     builder.task = task
     return builder
@@ -134,7 +134,7 @@ def test_generator_is_the_congruential_one():
 
 @pytest.mark.filterwarnings("ignore")
 def test_compatible_scores_are_theirs(staicc, demo_model, demo_tokenizer, small_data):
-    """Probabilities and metrics of their own inference on the demo model, one prompt at a time with full logits."""
+    """Return probabilities and metrics of StaICC's inference on the demo model: one prompt a time, full logits."""
     suite = TaskSuite(small_data, demo_tokenizer, k=3, staicc_compat=True)
     found = suite.run(demo_model, ["Normal"], progress=False)["Normal"]
     labels = list(small_data.task.labels)

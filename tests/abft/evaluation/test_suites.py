@@ -142,7 +142,7 @@ def test_instruction_and_text(demo_tokenizer, small_data):
 
 
 def test_queries_not_prompts_are_what_is_counted():
-    """Prompts draw by draw: the first query is right twice, the second once, the third never."""
+    """Prompts of the first draw, then of the second: query 0 is right twice, query 1 once, query 2 never."""
     result = {"predictions": [0, 0, 0, 0, 1, 0], "labels": [0, 1, 2, 0, 1, 2]}
     assert correct_by_query(result).tolist() == [1, 0.5, 0]
 
@@ -153,7 +153,7 @@ def test_unknown_test():
 
 
 def test_whole_pass_costs_little_more_than_its_forward_passes(suite, demo_model):
-    """Of the model's own work: one forward pass of each prompt, no logits but the labels'."""
+    """The model runs one forward pass of each prompt, and computes the labels' logits only."""
     tokens = []
 
     def count(module, arguments, keywords):

@@ -287,7 +287,7 @@ def test_analysis(analysed, monkeypatch):
     assert set(content["parts"]) == set(PARTS)
     distance = content["parts"]["distance"]
     assert set(distance) == {"abft", "e2e"}
-    # A layer after the last induction head does not move with ABFT.
+    # A layer after the last induction head does not change with ABFT.
     assert all(0 <= value < 1 for layers in distance.values() for value in layers)
     assert all(max(layers) > 1e-4 for layers in distance.values())
     connectivity = content["parts"]["connectivity"]

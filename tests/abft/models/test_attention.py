@@ -133,7 +133,7 @@ def test_packed_prompts_equal_single_ones(kind):
 
 
 def test_packing_as_transformers_collators_tell_it():
-    """By position_ids alone, and with flash attention's arguments beside them; the rows counted over the packed row."""
+    """Packed by position_ids alone, and with flash attention's arguments too; row positions count the packed tokens."""
     model, batch = enable(tiny("llama")), batch_of("packed")
     want = attention_mass(model, **batch)
     bounds = batch.pop("cu_seqlens").to(torch.int32)

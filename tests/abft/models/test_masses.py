@@ -62,7 +62,7 @@ def test_all_rows_equal_the_whole_model():
     assert_close(gradients(model, alone), want)
 
 
-def test_nothing_behind_the_last_scores_runs():
+def test_nothing_after_the_last_scores_runs():
     model, batch = enable(tiny("llama")), batch_of("left")
 
     def ran(*_: Any) -> None:
@@ -179,7 +179,7 @@ def test_no_graph_outlives_its_layer():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         layer_masses(model, **batch, detach=True, on_mass=backward)
-    assert kept == [len(alive) // 2, len(alive)]  # as much for each layer, and nothing behind the last one
+    assert kept == [len(alive) // 2, len(alive)]  # the same for each layer, and nothing after the last one
 
 
 def test_refusals():

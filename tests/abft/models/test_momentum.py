@@ -169,13 +169,13 @@ def test_a_cache_that_has_let_go_of_values_is_refused():
             model(torch.randint(3, 50, (1, 1)), past_key_values=cache, momentum=ETA)
 
 
-def test_masses_of_the_layers_behind_see_it():
+def test_masses_of_later_layers_see_it():
     """With and without a collector, and in restricted gradients, the same hidden states."""
     model, batch = enable(tiny("llama")), batch_of("left")
     with torch.no_grad():
         want = forward_with_mass(model, **batch, momentum=ETA).attentions
         plain = layer_masses(model, **batch)
-    torch.testing.assert_close(want[0], plain[0])  # momentum comes behind the first layer's scores
+    torch.testing.assert_close(want[0], plain[0])  # momentum acts after the first layer's scores
     assert (want[1] - plain[1]).abs().max() > 0.01
     added = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, "momentum": ETA}), with_kwargs=True

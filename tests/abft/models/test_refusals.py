@@ -1,4 +1,4 @@
-"""What the adapter must refuse, and the masks that it must tell apart."""
+"""Models, masks and arguments that the adapter must refuse, and masks that it must distinguish."""
 
 import itertools
 from typing import Any
@@ -25,7 +25,7 @@ NOT_CAUSAL = "serves causal masks with padding"
 
 
 def test_a_window_that_the_mask_lacks_is_refused():
-    """Which of the two is right cannot be told: transformers' own kernels differ."""
+    """Neither of the two can be called right: transformers' own kernels differ."""
     with pytest.raises(NotImplementedError, match="a sliding window of 5 tokens over 6 keys that its mask lacks"):
         adapter._attention_forward(**forward_arguments(sliding_window=5))
 

@@ -1,4 +1,4 @@
-"""What training leaves behind, put back on top of a fresh base."""
+"""Saved weights are loaded on top of a fresh base."""
 
 import json
 import os

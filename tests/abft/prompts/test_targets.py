@@ -282,7 +282,7 @@ def test_lora_trains_on_targets(tmp_path):
 
 @pytest.mark.parametrize("restricted", [False, True])
 def test_training_raises_the_mass_on_positive_keys(restricted, tmp_path):
-    """The word after the first occurrence of the last word, as induction heads do."""
+    """Return the word after the first occurrence of the last word, as induction heads do."""
     items = []
     for seed in range(64):
         ids = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))[:12].tolist()

@@ -63,7 +63,7 @@ def torchrun(script: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(toy_prompts, toy_builder, tmp_path_factory):
-    """What the two processes left."""
+    """Return the files that the two processes wrote."""
     folder = tmp_path_factory.mktemp("two")
     torch.save((toy_prompts, toy_builder), folder / "prompts.pt")
     shared = dict(

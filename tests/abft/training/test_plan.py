@@ -139,7 +139,7 @@ def test_other_architectures(kind, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux' /proc")
 @pytest.mark.parametrize("method", ["full", "restricted"])
 def test_within_ten_percent_of_the_measured_peak(method):
-    """A step of the benchmark's model in a process of its own, by its resident memory."""
+    """The plan is near the resident memory of one step of the benchmark's model in a separate process."""
     sys.path.insert(0, str(ROOT))
     from bench.cases.own_process import in_own_process
     from bench.cases.training_step import planned

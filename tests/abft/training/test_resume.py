@@ -1,4 +1,4 @@
-"""An interrupted run, killed at any moment, goes on as if nothing had happened."""
+"""A run that is killed at any moment resumes as if it had not been interrupted."""
 
 import json
 import os

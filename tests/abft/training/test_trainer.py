@@ -265,7 +265,7 @@ def fine_tuned(prompts, builder, folder, **changes):
 def test_training_turns_attention_to_correct_labels(toy_prompts, toy_builder, tmp_path):
     (correct, wrong), (correct_after, wrong_after) = fine_tuned(toy_prompts, toy_builder, tmp_path)
     assert correct_after > 1.5 * correct
-    # A random model cannot tell which labels are correct but by the words beside them: the share moves a little.
+    # A random model can recognise correct labels only by the words next to them: the share moves a little.
     assert correct_after / (correct_after + wrong_after) > correct / (correct + wrong)
 
 
