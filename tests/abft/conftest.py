@@ -63,9 +63,16 @@ def model_folder(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     folder = tmp_path_factory.mktemp("model")
     LlamaForCausalLM(config).save_pretrained(folder)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
@@ -119,10 +126,22 @@ def small_data() -> TaskData:
 def experiment_options(tmp_path_factory) -> ExperimentOptions:
     """Two tasks of the demo, every test, few prompts."""
     return ExperimentOptions(
-        model="demo", data="demo", tasks=["topics", "moods"], methods=["vanilla", "calibration", "abft", "e2e"],
-        tests=list(TESTS), generalization=True, k=4, num_prompts=[32], seeds=[0, 1], limit=6, learning_rate=5e-4,
-        num_train_epochs=1, batch_size=16, output_dir=str(tmp_path_factory.mktemp("experiments") / "small"), quiet=True,
-    )  # fmt: skip
+        model="demo",
+        data="demo",
+        tasks=["topics", "moods"],
+        methods=["vanilla", "calibration", "abft", "e2e"],
+        tests=list(TESTS),
+        generalization=True,
+        k=4,
+        num_prompts=[32],
+        seeds=[0, 1],
+        limit=6,
+        learning_rate=5e-4,
+        num_train_epochs=1,
+        batch_size=16,
+        output_dir=str(tmp_path_factory.mktemp("experiments") / "small"),
+        quiet=True,
+    )
 
 
 @pytest.fixture(scope="session")

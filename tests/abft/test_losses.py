@@ -168,9 +168,16 @@ def test_no_adaption_keeps_the_penalty_and_the_history():
 
 @pytest.mark.parametrize(
     ("counts", "collapsed"),
-    [([], False), ([10.0], False), ([10.0, 1.1], False), ([10.0, 1.0], True), ([10.0, 0.0, 5.0], False), ([0.0], True),
-     ([0.0, 3.0], False)],
-)  # fmt: skip
+    [
+        ([], False),
+        ([10.0], False),
+        ([10.0, 1.1], False),
+        ([10.0, 1.0], True),
+        ([10.0, 0.0, 5.0], False),
+        ([0.0], True),
+        ([0.0, 3.0], False),
+    ],
+)
 def test_collapse(counts, collapsed):
     assert HeadCountController(head_counts=counts).collapsed is collapsed
 

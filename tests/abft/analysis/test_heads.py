@@ -90,9 +90,10 @@ def test_retrieval_scores_equal_eager_attention():
     depths = [0.0, 0.5, 1.0]
     got, inputs = inputs_seen_by(
         model,
-        lambda: retrieval_scores(model, haystack.tolist(), needle.tolist(), question.tolist(), depths=depths,
-                                 prefix_ids=[1], progress=False),
-    )  # fmt: skip
+        lambda: retrieval_scores(
+            model, haystack.tolist(), needle.tolist(), question.tolist(), depths=depths, prefix_ids=[1], progress=False
+        ),
+    )
     for scores, ids, start in zip(got, inputs, (1, 16, 31), strict=True):
         assert ids[0] == 1
         assert ids[start : start + 4].equal(needle)

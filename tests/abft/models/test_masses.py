@@ -23,8 +23,8 @@ def batch_of(side: str) -> dict[str, torch.Tensor]:
 
 def gradients(model, masses):
     model.zero_grad()
-    sum((i + 1) * (mass * torch.linspace(-1, 2, mass.numel()).view_as(mass)).sum() for i, mass in enumerate(masses)
-        ).backward()  # fmt: skip
+    weighted = [(mass * torch.linspace(-1, 2, mass.numel()).view_as(mass)).sum() for mass in masses]
+    sum((i + 1) * term for i, term in enumerate(weighted)).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 

@@ -62,8 +62,12 @@ def test_file_holds_the_trained_part_alone(kind, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["abft_config.json", "qk_weights.safetensors"]
     config = json.loads((tmp_path / "abft_config.json").read_text())
     assert config == {
-        "format_version": 1, "base_model_name_or_path": "", "model_type": kind, "method": "abft", "steps": 3,
-    }  # fmt: skip
+        "format_version": 1,
+        "base_model_name_or_path": "",
+        "model_type": kind,
+        "method": "abft",
+        "steps": 3,
+    }
 
 
 def test_loads_into_another_dtype(tmp_path):
@@ -101,9 +105,11 @@ def test_lora_adapter(tmp_path):
     assert not torch.equal(logits(tiny("llama")), logits(model))
     torch.testing.assert_close(logits(load_trained(tiny("llama"), tmp_path / "adapter")), logits(model))
     torch.testing.assert_close(
-        logits(from_pretrained(tmp_path / "adapter", base_model=str(tmp_path / "base"))), logits(model),
-        atol=1e-5, rtol=1e-5,
-    )  # fmt: skip
+        logits(from_pretrained(tmp_path / "adapter", base_model=str(tmp_path / "base"))),
+        logits(model),
+        atol=1e-5,
+        rtol=1e-5,
+    )
     torch.testing.assert_close(logits(from_pretrained(tmp_path / "adapter")), logits(model), atol=1e-5, rtol=1e-5)
 
 

@@ -22,9 +22,11 @@ def base(tmp_path_factory):
 
 def quantized(base):
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
-    )  # fmt: skip
+    )
     return AutoModelForCausalLM.from_pretrained(
         base, quantization_config=config, device_map={"": "cpu"}, attn_implementation=abft.models.attention.ATTENTION
     )
@@ -32,8 +34,16 @@ def quantized(base):
 
 @pytest.mark.parametrize("restricted", [False, True])
 def test_trains_resumes_and_reloads(restricted, base, toy_prompts, toy_builder, tmp_path):
-    changes = dict(lora=True, restricted_gradient=restricted, num_train_epochs=2, packing=True, learning_rate=1e-2,
-                   save_strategy="steps", save_steps=2, head_filter=False)  # fmt: skip
+    changes = dict(
+        lora=True,
+        restricted_gradient=restricted,
+        num_train_epochs=2,
+        packing=True,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=2,
+        head_filter=False,
+    )
     whole = trained(quantized(base), toy_prompts, toy_builder, tmp_path, **changes)
     assert losses(whole)[-1] < losses(whole)[0]
     kinds = {type(module).__name__ for module in whole.model.modules()}
