@@ -29,7 +29,7 @@ from abft_kernels.merging import sink_gradient
 from abft_kernels.triton.combine import row_mass_combine_kernel, row_mass_dq_kernel
 from abft_kernels.triton.common import INTERPRETED, load_tile, locate, matmul, one_head, rounded, scatter
 from abft_kernels.triton.labels import add_column, add_masses, group_weight, key_labels, load_groups, sample_labels
-from abft_kernels.triton.launch import launch_config, row_splits
+from abft_kernels.triton.launch import Launch, launch_config, row_splits
 from abft_kernels.triton.masks import Keys, key_reach, seen_keys, sequence_bounds
 from abft_kernels.triton.softmax import LN2, LOG2E, base2_scores, finish, probabilities, softmax_step
 from abft_kernels.triton.structs import (
@@ -229,7 +229,8 @@ class _Grid:
         kv_heads, n_k = k.shape[1], k.shape[2]
         launch = launch_config("rows", head_tile(q, v), q.element_size(), call.num_groups, q.device)
         packed = heads // kv_heads * num_rows
-        self.launch = launch._replace(block_m=min(launch.block_m, max(16, next_power_of_2(packed))))
+        block_m = min(launch.block_m, max(16, next_power_of_2(packed)))
+        self.launch = Launch(block_m, *launch[1:])
         self.tiles = triton.cdiv(packed, self.launch.block_m)
         self.programs = sequences * kv_heads
         blocks = triton.cdiv(n_k, launch.block_n)
@@ -324,11 +325,11 @@ def backward(
     of = features(q, None, call, launch, groups, dlse=dlse is not None, dq=True, dk=True, dw=want_dw)
     inputs = (Heads.of(q), grid.k, key_labels(call, groups), positions.contiguous(), lse, mass, dmass, dlse)
     of_call = (call.scale, Scores.of(call), Sequences.of(call)[0])
-    launches = [(1, 1, of)]
+    launches = [(1, grid.shape, of)]
     if grid.tiles > 1:  # dk sums over all tiles of rows, dq over all keys: an owner for each
-        launches = [(1, grid.tiles, of._replace(dq=False)), (grid.tiles, 1, of._replace(dk=False, dw=False))]
-    for owners, tiles, chosen in launches:
-        shape = grid.shape._replace(tiles_per_program=tiles)
+        whole = grid.shape._replace(tiles_per_program=grid.tiles)
+        launches = [(1, whole, of._replace(dq=False)), (grid.tiles, grid.shape, of._replace(dk=False, dw=False))]
+    for owners, shape, chosen in launches:
         _row_mass_bwd_kernel[(owners * grid.programs, grid.splits)](
             *inputs, part_dq, dk, dw, *of_call, shape, chosen, num_warps=launch.num_warps, num_stages=launch.num_stages
         )

@@ -187,23 +187,13 @@ def head_tile(q: Tensor, v: Tensor | None) -> int:
 def features(q: Tensor, v: Tensor | None, call: Call, launch: Launch, groups: int, **others: Any) -> Features:
     """Return the features of a kernel over tiles of scores; `others` are those that not all of them read."""
     head_dim, head_dim_v = q.shape[-1], 0 if v is None else v.shape[-1]
+    block_dv = 1 if v is None else head_block(head_dim_v)
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    sizes = (head_dim, head_dim_v, head_block(head_dim), block_dv, launch.block_m, launch.block_n)
+    starts, ends, weights = call.starts is not None, call.ends is not None, groups > 0 and call.weights is not None
     return Features(
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        block_d=head_block(head_dim),
-        block_dv=1 if v is None else head_block(head_dim_v),
-        block_m=launch.block_m,
-        block_n=launch.block_n,
-        groups=groups,
-        groups_pad=next_power_of_2(max(1, groups)),
-        precision="ieee" if q.dtype == torch.float32 else "tf32",
-        causal=call.causal,
-        window=call.window > 0,
-        starts=call.starts is not None,
-        ends=call.ends is not None,
-        packed=call.packed,
-        v=v is not None,
-        weights=groups > 0 and call.weights is not None,
+        *(*sizes, groups, next_power_of_2(max(1, groups)), precision),
+        *(call.causal, call.window > 0, starts, ends, call.packed, v is not None, weights),
         slopes=call.slopes is not None,
         softcap=call.softcap > 0,
         row_mask=groups > 0 and call.row_mask is not None,
