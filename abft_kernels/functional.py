@@ -50,7 +50,7 @@ def _triton_reason(
     return None
 
 
-def available_backends(device: str | torch.device = "cpu") -> dict[str, str]:
+def available_backends(device: str | torch.device = "cpu") -> dict[Backend, str]:
     """Return backend → `"available"`, or the reason why it is not, for bf16 tensors of head_dim 128 on `device`."""
     reason = _triton_reason("fused", torch.device(device), torch.bfloat16, 128)
     return {"triton": reason or "available", "torch": "available", "reference": "available"}

@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
         splits = corpus.demo_splits(task=task)
         builder = PromptBuilder(tokenizer, task)
         prompts = sample_prompts(builder, splits.test, splits.demonstrations, corpus.DEMO_K, seed=0)
-        result = evaluate(model, prompts, builder, progress=not options.quiet)
+        result = evaluate(model, prompts, progress=not options.quiet)
         console.print(f"{task.name}: accuracy {result.accuracy:.1%} ± {result.accuracy_stderr:.1%}, n={result.n}")
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from abft.analysis.observing import check_all_seen
 from abft.evaluation.classification import evaluate
 from abft.models.momentum import check_momentum
-from abft.prompts.builder import Prompt, PromptBuilder
+from abft.prompts.builder import PromptSet
 
 __all__ = ["MomentumGain", "momentum_gain"]
 
@@ -39,8 +39,7 @@ class MomentumGain:
 
 def momentum_gain(
     model: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    builder: PromptBuilder,
+    prompts: PromptSet,
     etas: Sequence[float],
     *,
     batch_size: int = 32,
@@ -53,7 +52,6 @@ def momentum_gain(
     Args:
         model: on the `"abft"` attention (see :func:`abft.enable`).
         prompts: at least one.
-        builder: the prompts' builder.
         etas: each between 0 and 1.
         batch_size: prompts per forward pass.
         progress: show progress bars.
@@ -68,7 +66,7 @@ def momentum_gain(
         check_momentum(eta)
     seen: set[nn.Module] = set()
     shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    plain = evaluate(model, prompts, builder, **shared, attention_probe=lambda module, *_: seen.add(module)).accuracy
+    plain = evaluate(model, prompts, **shared, attention_probe=lambda module, *_: seen.add(module)).accuracy
     check_all_seen(model, len(seen))
-    accuracy = {eta: evaluate(model, prompts, builder, **shared, momentum=eta).accuracy for eta in etas}
+    accuracy = {eta: evaluate(model, prompts, **shared, momentum=eta).accuracy for eta in etas}
     return MomentumGain(len(prompts), plain, accuracy)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from abft.evaluation.classification import evaluate
 from abft.models.projections import find_qk
 from abft.models.weights import from_pretrained
-from abft.prompts.builder import Prompt, PromptBuilder
+from abft.prompts.builder import PromptSet
 
 __all__ = ["mode_connectivity", "moved", "qk_difference", "weight_distance"]
 
@@ -88,8 +88,7 @@ def mode_connectivity(
     model: PreTrainedModel,
     first: Mapping[str, Tensor],
     second: Mapping[str, Tensor],
-    prompts: Sequence[Prompt],
-    builder: PromptBuilder,
+    prompts: PromptSet,
     *,
     factors: Sequence[float] = (-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25),
     batch_size: int = 32,
@@ -100,7 +99,7 @@ def mode_connectivity(
     Args:
         model: θ₀, with float parameters; unchanged afterwards.
         first, second: θ₁ − θ₀ and θ₂ − θ₀, from :func:`qk_difference`.
-        prompts, builder: the prompts to classify, and their builder.
+        prompts: the prompts to classify.
         factors: F values that λ₁ and λ₂ take.
         batch_size: prompts per forward pass.
         progress: show a progress bar over the F² points.
@@ -115,7 +114,7 @@ def mode_connectivity(
     found = []
     for point in track(points, description="Mode connectivity", disable=not progress):
         with moved(model, (first, second), point):
-            result = evaluate(model, prompts, builder, batch_size=batch_size, progress=False)
+            result = evaluate(model, prompts, batch_size=batch_size, progress=False)
         gold = result.probabilities.double().gather(1, result.labels[:, None])
         found.append((result.accuracy, -gold.clamp(min=1e-12).log().mean().item()))
     size = len(factors)

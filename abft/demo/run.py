@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from abft.demo.corpus import DEMO_K, DEMO_TASK, demo_splits
 from abft.evaluation.classification import evaluate
@@ -74,9 +73,7 @@ def _train(method: str, seed: int, draw: _Seed, settings: DemoSettings, progress
         use_cpu=True,
     )
     label = f"seed {seed}: {method.upper()}"
-    done = fit(
-        _load_model(), config, draw.train, draw.builder, label=label, progress=progress, save_to=config.output_dir
-    )
+    done = fit(_load_model(), config, draw.train, label=label, progress=progress, save_to=config.output_dir)
     return {**_measure(done.trainer.model, draw, settings, progress), "history": done.history}
 
 

@@ -16,7 +16,7 @@ from abft.evaluation.batching import evaluation_mode, length_sorted_batches
 from abft.evaluation.retrieval import TargetEvaluation, read_targets
 from abft.models.attention import is_enabled
 from abft.models.masses import forward
-from abft.prompts.builder import Prompt, PromptBuilder, PromptSet
+from abft.prompts.builder import Prompt, PromptSet
 from abft.prompts.collation import MODEL_INPUTS, Collator
 from abft.prompts.targets import AttentionTarget
 
@@ -169,20 +169,9 @@ def label_logits(
 
 
 @overload
-def evaluate(  # type: ignore[overload-overlap]  # a set of prompts is a sequence of targets, but is classified
+def evaluate(  # type: ignore[overload-overlap]  # a set of prompts is the narrower type
     model: PreTrainedModel | PeftModel,
     samples: PromptSet,
-    builder: None = None,
-    *,
-    batch_size: int = 32,
-    progress: bool = True,
-    **arguments: Any,
-) -> Evaluation: ...
-@overload
-def evaluate(
-    model: PreTrainedModel | PeftModel,
-    samples: Sequence[Prompt],
-    builder: PromptBuilder,
     *,
     batch_size: int = 32,
     progress: bool = True,
@@ -192,7 +181,6 @@ def evaluate(
 def evaluate(
     model: PreTrainedModel | PeftModel,
     samples: Sequence[AttentionTarget],
-    builder: None = None,
     *,
     batch_size: int = 32,
     progress: bool = True,
@@ -200,7 +188,6 @@ def evaluate(
 def evaluate(
     model: PreTrainedModel | PeftModel,
     samples: Sequence[AttentionTarget],
-    builder: PromptBuilder | None = None,
     *,
     batch_size: int = 32,
     progress: bool = True,
@@ -217,7 +204,6 @@ def evaluate(
         model: for prompts, as for ``label_logits``; for targets, on the `"abft"` attention (see :func:`abft.enable`).
             On any device.
         samples: a :class:`PromptSet`, as :func:`abft.sample_prompts` makes it, or attention targets; at least one.
-        builder: not needed: a set of prompts knows its builder.
         batch_size: samples per forward pass.
         progress: show a progress bar.
         arguments: for prompts only, as for ``label_logits``.
@@ -228,8 +214,6 @@ def evaluate(
             finite, targets on a model with another attention, or as ``label_logits``.
         NotImplementedError: as ``label_logits``.
     """
-    if builder is not None:
-        samples = PromptSet(builder, samples)  # type: ignore[arg-type]
     if isinstance(samples, PromptSet):
         return _classify(model, samples, batch_size, progress, arguments)
     if arguments:

@@ -15,7 +15,6 @@ from abft.evaluation.batching import evaluation_mode, length_sorted_batches
 from abft.losses import induction_heads
 from abft.models.attention import transformer_of
 from abft.models.masses import forward_with_mass
-from abft.prompts.builder import PromptBuilder, PromptSet
 from abft.prompts.collation import MASS_INPUTS, Collator, padding_id
 from abft.prompts.targets import AttentionTarget
 
@@ -59,7 +58,6 @@ class HeadStatistics:
 def head_statistics(
     model: PreTrainedModel | PeftModel,
     samples: Sequence[AttentionTarget],
-    builder: PromptBuilder | None = None,
     *,
     batch_size: int = 32,
     progress: bool = True,
@@ -69,15 +67,12 @@ def head_statistics(
     Args:
         model: on the `"abft"` attention (see :func:`abft.enable`).
         samples: a set of prompts, or attention targets; at least one.
-        builder: not needed: a set of prompts knows its builder.
         batch_size: samples per forward pass.
         progress: show a progress bar.
 
     Raises:
         ValueError: no samples, or a model on another attention.
     """
-    if builder is not None:
-        samples = PromptSet(builder, samples)  # type: ignore[arg-type]
     collate = Collator(padding_id(samples, transformer_of(model).config.get_text_config()))
     return read_heads(model, samples, collate, batch_size, progress)
 

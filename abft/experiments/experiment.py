@@ -345,7 +345,6 @@ class Experiment:
             model,
             self._config(METHODS[key.method], folder / "training", key.seed),
             self._training_prompts(key),
-            self.suites[key.task].builder,
             label=label,
             progress=not self.options.quiet,
             save_to=folder / "weights",

@@ -15,7 +15,7 @@ _METHODS = "; ".join(f"{name}: {objective.description}" for name, objective in O
 
 
 @dataclass
-class ABFTConfig(TrainingOptions, TrainingArguments):
+class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # learning_rate may be None at first
     """`transformers.TrainingArguments` with the paper's defaults, ABFT's own options, and those of `TrainingOptions`.
 
     Adam without weight decay or clipping at a constant rate, two epochs, gradients averaged over pseudo-batches of

@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from abft.prompts.builder import PromptBuilder
 from abft.training.checkpoints import last_complete_checkpoint
 from abft.training.checks import Samples
 from abft.training.config import ABFTConfig
@@ -48,7 +47,6 @@ def fit(
     model: PreTrainedModel,
     config: ABFTConfig,
     samples: Samples,
-    builder: PromptBuilder | None = None,
     *,
     label: str | None = None,
     progress: bool = True,
@@ -58,7 +56,7 @@ def fit(
     """Train, from the last complete checkpoint in `config.output_dir` if there is one, with one line of progress.
 
     Args:
-        model, config, samples, builder: as for :class:`abft.ABFTTrainer`.
+        model, config, samples: as for :class:`abft.ABFTTrainer`.
         label: what the progress bar names; None for the method.
         progress: show the progress bar.
         save_to: folder of the weights; None leaves saving to the caller (`trainer.save_model()`).
@@ -68,7 +66,7 @@ def fit(
         TypeError, ValueError, NotImplementedError: as :class:`abft.ABFTTrainer`.
     """
     bar = TrainingProgress(label or config.method.upper(), enabled=progress)
-    trainer = ABFTTrainer(model, config, samples, builder, callbacks=[bar])
+    trainer = ABFTTrainer(model, config, samples, callbacks=[bar])
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
     checkpoint = last_complete_checkpoint(str(config.output_dir))

@@ -74,7 +74,7 @@ def collect(limit: int | None = None) -> dict[str, Any]:
         for task in data:
             suite = TaskSuite(task, tokenizer, k=4, limit=limit)
             vars(suite)["builder"] = next(s for s in suites if s.data is task).builder
-            evaluate(model, suite.normal, suite.builder, batch_size=BATCH, progress=False)
+            evaluate(model, suite.normal, batch_size=BATCH, progress=False)
 
     names = ("input_ids", "attention_mask", "position_ids")
     ready = [

@@ -27,7 +27,7 @@ def whole(tensor):
 
 
 def main(folder: Path) -> None:
-    prompts, builder = torch.load(folder / "prompts.pt", weights_only=False)
+    prompts = torch.load(folder / "prompts.pt", weights_only=False)
     for run in json.loads((folder / "runs.json").read_text()):
         args = ABFTConfig(output_dir=str(folder / "output" / run["name"]), **run["options"])
         if args.fsdp or args.tensor_parallel_size > 1:
@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
             model.save_pretrained(folder / "base", is_main_process=args.process_index == 0)
             torch.distributed.barrier()
             model = AutoModelForCausalLM.from_pretrained(folder / "base", tp_plan="auto")
-        trainer = ABFTTrainer(model, args, prompts, builder)
+        trainer = ABFTTrainer(model, args, prompts)
         trainer.train(resume_from_checkpoint=run.get("resume"))
         trainer.save_model(str(folder / "final" / run["name"]))
         model = trainer.accelerator.unwrap_model(trainer.model)

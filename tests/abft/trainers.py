@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from abft.prompts.builder import PromptSet
 from abft.training.config import ABFTConfig
 from abft.training.trainer import ABFTTrainer
 
@@ -21,11 +22,17 @@ def arguments(folder, **changes: Any) -> ABFTConfig:
     return ABFTConfig(**{**options, **changes})
 
 
+def _as_set(samples, builder):
+    """Return a list of prompts as a set that knows its builder."""
+    plain = builder is not None and samples is not None and not isinstance(samples, PromptSet)
+    return PromptSet(builder, samples) if plain else samples
+
+
 def trainer_of(model, prompts, builder, folder, *, callbacks=None, eval_dataset=None, **changes: Any) -> ABFTTrainer:
     args = arguments(folder, **changes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ABFTTrainer(model, args, prompts, builder, eval_dataset, callbacks=callbacks)
+        return ABFTTrainer(model, args, _as_set(prompts, builder), _as_set(eval_dataset, builder), callbacks=callbacks)
 
 
 def trained(*args: Any, resume: str | None = None, **changes: Any) -> ABFTTrainer:

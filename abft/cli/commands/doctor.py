@@ -9,10 +9,12 @@ from abft.cli.command import Command
 if TYPE_CHECKING:
     import torch
 
+    from abft_kernels import Backend
+
 __all__ = ["COMMAND", "check_backend"]
 
 
-def check_backend(backend: str, device: str) -> str:
+def check_backend(backend: Backend, device: str) -> str:
     """Compare a small forward and backward with the fp64 oracle; return "works (…)", or what went wrong."""
     import torch
 
@@ -22,9 +24,9 @@ def check_backend(backend: str, device: str) -> str:
     q, k, v = (torch.randn(1, heads, 96, 64, generator=generator) for heads in (4, 2, 2))
     groups = torch.randint(-1, 2, (1, 96), generator=generator)
 
-    def gradients(backend: str, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    def gradients(backend: Backend, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
         query, key, value = (x.to(device, dtype).requires_grad_() for x in (q, k, v))
-        out, mass = mass_attention(query, key, value, groups.to(device), 2, backend=backend)  # type: ignore[arg-type]
+        out, mass = mass_attention(query, key, value, groups.to(device), 2, backend=backend)
         loss = out.square().sum() + mass.square().sum()
         return [mass.detach(), *torch.autograd.grad(loss, (query, key, value))]
 

@@ -66,10 +66,8 @@ def run(options: EvalOptions) -> int:
     runs: dict[str, dict[str, Any]] = {}
     statistics = {}
     for name, model in _models(options, base):
-        metrics = evaluate(model, prompts, builder, batch_size=options.batch_size, progress=not options.quiet)
-        statistics[name] = head_statistics(
-            model, prompts, builder, batch_size=options.batch_size, progress=not options.quiet
-        )
+        metrics = evaluate(model, prompts, batch_size=options.batch_size, progress=not options.quiet)
+        statistics[name] = head_statistics(model, prompts, batch_size=options.batch_size, progress=not options.quiet)
         runs[name] = {**metrics.to_dict(), **statistics[name].to_dict()}
     write_json(options.output, sourced(options, {"runs": runs}))
     Console().print(metrics_table(runs, f"{len(prompts)} prompts, k = {options.k}"))

@@ -69,18 +69,15 @@ def _examples(options: TrainOptions) -> tuple[list[Example], list[Example], tupl
 def run(options: TrainOptions, config: ABFTConfig) -> int:
     """Train, and write the weights, the history and its figure to `config.output_dir`; return 0."""
     from rich.console import Console
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from abft.files import save_figure, write_json
     from abft.models.loading import load_base
     from abft.plots import training_figure
     from abft.prompts.builder import sample_prompts
-    from abft.training.progress import TrainingProgress
-    from abft.training.trainer import ABFTTrainer, last_complete_checkpoint
+    from abft.training.fit import fit
 
     _check(options, config)
     queries, pool, labels = _examples(options)
-    checkpoint = last_complete_checkpoint(str(config.output_dir))
     if options.dtype == "auto" and not config.lora:
         options.dtype = "float32"  # bfloat16 would round most of the updates away
 
@@ -88,22 +85,22 @@ def run(options: TrainOptions, config: ABFTConfig) -> int:
     model = load_base(options.model, dtype=options.dtype, load_in_4bit=options.load_in_4bit, **split)
     builder = options.make_builder(model, labels)
     prompts = sample_prompts(builder, queries, pool, options.k, options.prompt_seed)
-    progress = TrainingProgress(config.method.upper(), enabled=not config.disable_tqdm)
-    trainer = ABFTTrainer(model, config, prompts, builder, callbacks=[progress])
-    for noisy in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(noisy)
     console = Console()
-    if checkpoint is not None:
-        console.print(f"resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    done = fit(
+        model,
+        config,
+        prompts,
+        progress=not config.disable_tqdm,
+        on_resume=lambda checkpoint: console.print(f"resuming from {checkpoint}"),
+    )
 
     output = Path(str(config.output_dir))
-    history = trainer.state.log_history
-    if trainer.is_world_process_zero():
+    history = done.trainer.state.log_history
+    if done.trainer.is_world_process_zero():
         write_json(output / "training.json", sourced(options, {"history": history}))
         save_figure(training_figure(history), output / "training.png")
-    trainer.save_model()
-    losses = [entry["loss"] for entry in history if "loss" in entry]
+    done.trainer.save_model()  # last: a folder with weights is a finished run
+    losses = [entry["loss"] for entry in done.history]
     console.print(
         f"{config.method.upper()}: {len(losses)} steps over {len(prompts)} prompts, "
         f"loss {losses[0]:.4g} → {losses[-1]:.4g}; weights and training.png in {output}"

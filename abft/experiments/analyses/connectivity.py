@@ -32,7 +32,6 @@ def _run(subject: Subject, options: ConnectivityOptions) -> dict[str, Any]:
         subject.differences["e2e"],
         subject.differences["abft"],
         subject.suite.normal[: subject.prompts],
-        subject.suite.builder,
         factors=options.factors,
         progress=subject.progress,
     )

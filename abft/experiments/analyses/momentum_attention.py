@@ -24,7 +24,7 @@ class MomentumOptions:
 
 def _run(subject: Subject, options: MomentumOptions) -> dict[str, Any]:
     prompts = subject.suite.normal[: subject.prompts]
-    found = momentum_gain(subject.model, prompts, subject.suite.builder, options.etas, progress=subject.progress)
+    found = momentum_gain(subject.model, prompts, options.etas, progress=subject.progress)
     return found.to_dict()
 
 

@@ -282,9 +282,9 @@ def test_what_is_missing_is_named(toy_builder, toy_prompts, examples):
     with pytest.raises(ValueError, match="no demonstrations"):
         compare_with_fine_tuning(model, toy_builder, [], examples)
     with pytest.raises(ValueError, match="no etas"):
-        momentum_gain(model, toy_prompts, toy_builder, [])
+        momentum_gain(model, toy_prompts, [])
     with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
-        momentum_gain(model, toy_prompts, toy_builder, [0.1, 1.5])
+        momentum_gain(model, toy_prompts, [0.1, 1.5])
 
 
 # --- the demo model ---------------------------------------------------------------------------------------
@@ -316,9 +316,9 @@ def test_fine_tuning_of_the_demo_model_moves_as_icl_does(demo):
 def test_momentum_gain_is_that_of_evaluate(demo):
     model, builder, splits = demo
     prompts = sample_prompts(builder, splits.test[:64], splits.demonstrations, DEMO_K, seed=0)
-    found = momentum_gain(model, prompts, builder, [0.1, 0.5], progress=False)
-    assert found.plain == evaluate(model, prompts, builder, progress=False).accuracy
-    assert found.accuracy[0.5] == evaluate(model, prompts, builder, progress=False, momentum=0.5).accuracy
+    found = momentum_gain(model, prompts, [0.1, 0.5], progress=False)
+    assert found.plain == evaluate(model, prompts, progress=False).accuracy
+    assert found.accuracy[0.5] == evaluate(model, prompts, progress=False, momentum=0.5).accuracy
     assert found.accuracy[0.5] < found.plain  # a sum that is as large as the attention destroys this model's
     assert list(found.accuracy) == [0.1, 0.5]
     assert found.to_dict()["gains"][1]["gain"] == pytest.approx(found.accuracy[0.5] - found.plain)

@@ -191,14 +191,14 @@ def test_masses_of_later_layers_see_it():
 def test_evaluation_with_momentum(toy_prompts, toy_builder):
     model = tiny("llama")
     with pytest.raises(ValueError, match="only the 'abft' attention knows momentum"):
-        evaluate(model, toy_prompts, toy_builder, momentum=0.5, progress=False)
-    got = evaluate(enable(model), toy_prompts, toy_builder, momentum=0.5, progress=False)
+        evaluate(model, toy_prompts, momentum=0.5, progress=False)
+    got = evaluate(enable(model), toy_prompts, momentum=0.5, progress=False)
     model.set_attn_implementation(ORACLE)
     with torch.no_grad():
         logits = [model(torch.tensor([p.input_ids]), momentum=0.5).logits[0, -1] for p in toy_prompts]
     want = torch.stack(logits)[:, toy_builder.label_token_ids].softmax(-1)
     torch.testing.assert_close(got.probabilities, want, atol=1e-5, rtol=1e-4)
-    plain = evaluate(enable(model), toy_prompts, toy_builder, progress=False)
+    plain = evaluate(enable(model), toy_prompts, progress=False)
     assert (got.probabilities - plain.probabilities).abs().max() > 0.01
 
 

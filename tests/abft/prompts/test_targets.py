@@ -437,9 +437,7 @@ def test_what_the_collator_and_the_trainer_refuse(toy_prompts, toy_builder, tmp_
         Collator(padding_side="top")
     model, args = tiny("llama"), arguments(tmp_path)
     with pytest.raises(TypeError, match="sample 0 is AttentionTarget, not a Prompt"):
-        ABFTTrainer(model, args, MIXED, toy_builder)
-    with pytest.raises(TypeError, match="sample 0 is AttentionTarget, not a Prompt"):
-        ABFTTrainer(model, args, toy_prompts, toy_builder, MIXED)
+        PromptSet(toy_builder, MIXED)
     with pytest.raises(TypeError, match="sample 0 is a Prompt in a list"):
         ABFTTrainer(model, args, MIXED, eval_dataset=list(toy_prompts)).evaluate()
     with pytest.raises(ValueError, match="target 4 has no label_id"):

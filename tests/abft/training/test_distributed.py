@@ -65,7 +65,7 @@ def torchrun(script: Path, *arguments: str) -> None:
 def folder(toy_prompts, toy_builder, tmp_path_factory):
     """Return the files that the two processes wrote."""
     folder = tmp_path_factory.mktemp("two")
-    torch.save((toy_prompts, toy_builder), folder / "prompts.pt")
+    torch.save(toy_prompts, folder / "prompts.pt")
     shared = dict(
         learning_rate=1e-3, use_cpu=True, disable_tqdm=True, save_strategy="no", num_train_epochs=2, ddp_backend="gloo"
     )  # fmt: skip

@@ -181,7 +181,6 @@ def test_fit_resumes_and_saves(toy_prompts, toy_builder, tmp_path):
             tiny("llama", **LABEL_LOOKERS),
             arguments(tmp_path / "run", max_steps=steps, **changes),
             toy_prompts,
-            toy_builder,
             progress=False,
             save_to=tmp_path / "weights",
             on_resume=resumed.append,

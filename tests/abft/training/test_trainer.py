@@ -359,23 +359,23 @@ def test_options_outside_their_range(changes, match, tmp_path):
 
 def test_trainer_errors(toy_prompts, toy_builder, tmp_path):
     with pytest.raises(ValueError, match="train_dataset is empty"):
-        ABFTTrainer(tiny("llama"), arguments(tmp_path), [], toy_builder)
+        ABFTTrainer(tiny("llama"), arguments(tmp_path), [])
     decay = arguments(tmp_path, weight_decay=0.1)
     with pytest.raises(ValueError, match=r"weight_decay=0.1 would move the value part of .*c_attn.weight"):
-        ABFTTrainer(tiny("gpt2"), decay, toy_prompts, toy_builder)
-    ABFTTrainer(tiny("llama"), decay, toy_prompts, toy_builder)
+        ABFTTrainer(tiny("gpt2"), decay, toy_prompts)
+    ABFTTrainer(tiny("llama"), decay, toy_prompts)
     with pytest.raises(ValueError, match="adaption must be"):
-        ABFTTrainer(tiny("llama"), arguments(tmp_path, adaption="D"), toy_prompts, toy_builder)
+        ABFTTrainer(tiny("llama"), arguments(tmp_path, adaption="D"), toy_prompts)
     with pytest.raises(ValueError, match="no eval_dataset"):
-        ABFTTrainer(tiny("llama"), arguments(tmp_path), toy_prompts, toy_builder).evaluate()
+        ABFTTrainer(tiny("llama"), arguments(tmp_path), toy_prompts).evaluate()
 
 
 def test_warns_of_half_precision(toy_prompts, toy_builder, tmp_path):
     with pytest.warns(UserWarning, match=r"W_Q and W_K are in torch.bfloat16, which rounds most updates"):
-        ABFTTrainer(tiny("llama").bfloat16(), arguments(tmp_path), toy_prompts, toy_builder)
+        ABFTTrainer(tiny("llama").bfloat16(), arguments(tmp_path), toy_prompts)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ABFTTrainer(tiny("llama"), arguments(tmp_path), toy_prompts, toy_builder)
+        ABFTTrainer(tiny("llama"), arguments(tmp_path), toy_prompts)
 
 
 def test_warns_once_of_no_heads_at_all(toy_prompts, toy_builder, tmp_path):
