@@ -327,7 +327,7 @@ def test_analysis_refuses(analysed, experiment_folder, tmp_path, capsys):
 
 
 def test_an_analysis_is_one_row(analysed, tmp_path, monkeypatch):
-    """A row more in the registry is computed, written, drawn and set in a table."""
+    """A row more in the catalog is computed, written, drawn and set in a table."""
     folder = tmp_path / "small"
     shutil.copytree(analysed, folder)
     row = Analysis(
