@@ -9,17 +9,6 @@ import torch
 
 from abft_kernels.triton.launch_table import ARCHITECTURES, TABLE, Launch
 
-__all__ = [
-    "TABLE",
-    "Launch",
-    "architecture",
-    "decodes",
-    "launch_config",
-    "preprocess_block",
-    "row_splits",
-    "widest_head_tile",
-]
-
 
 def table_architecture(capability: int) -> int:
     """The part of the table that serves a GPU of compute capability `capability` (10·major + minor)."""

@@ -276,7 +276,7 @@ def forward_into(
     sinks = call.sinks is not None
     of = features(q, v, call, launch, call.num_groups, sinks=sinks and final, final=final)
     inputs = (Heads.of(q), grid.k, Heads.of(v), part_out, part_mass, part_lse, key_labels(call, call.num_groups))
-    of_call = (positions.contiguous(), call.sinks, Scores.of(call), Sequences.of(call)[0], grid.shape)
+    of_call = (positions.contiguous(), call.sinks, Scores.of(call), Sequences(call.starts, call.ends, None), grid.shape)
     _row_mass_fwd_kernel[(grid.tiles * grid.programs, grid.splits)](
         *inputs, *of_call, of, num_warps=launch.num_warps, num_stages=launch.num_stages
     )
@@ -324,7 +324,7 @@ def backward(
     dlse = None if dlse is None else dlse.contiguous()
     of = features(q, None, call, launch, groups, dlse=dlse is not None, dq=True, dk=True, dw=want_dw)
     inputs = (Heads.of(q), grid.k, key_labels(call, groups), positions.contiguous(), lse, mass, dmass, dlse)
-    of_call = (call.scale, Scores.of(call), Sequences.of(call)[0])
+    of_call = (call.scale, Scores.of(call), Sequences(call.starts, call.ends, None))
     launches = [(1, grid.shape, of)]
     if grid.tiles > 1:  # dk sums over all tiles of rows, dq over all keys: an owner for each
         whole = grid.shape._replace(tiles_per_program=grid.tiles)

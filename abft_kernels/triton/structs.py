@@ -100,9 +100,9 @@ class Sequences(NamedTuple):
     tiles: Tensor | None
 
     @classmethod
-    def of(cls, call: Call, length: int = 0, block: int = 1) -> tuple[Sequences, int]:
+    def of(cls, call: Call, length: int, block: int) -> tuple[Sequences, int]:
         """Return also how many tiles of `block` tokens there are."""
-        if not call.packed or call.starts is None or call.ends is None or not length:
+        if not call.packed or call.starts is None or call.ends is None:
             return cls(call.starts, call.ends, None), -(-length // block)
         tiles = _sequence_tiles(call.starts, call.ends, length, block)
         return cls(call.starts, call.ends, tiles), tiles.shape[0]
