@@ -28,7 +28,7 @@ from abft.losses import Adaption
 from abft.models.loading import default_device, load_base, load_tokenizer
 from abft.models.weights import from_pretrained
 from abft.prompts.tasks import TASKS, get_task
-from abft.training.objectives.registry import DEFAULT, OBJECTIVES
+from abft.training.objectives.objective_registry import DEFAULT, OBJECTIVES
 from abft.training.options import TrainingOptions
 
 __all__ = ["prototype"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from abft.analysis.weight_change import qk_difference
-from abft.experiments.analyses import registry
+from abft.experiments.analyses import analysis_registry as registry
 from abft.experiments.analyses.definition import Analysis, Subject
 from abft.experiments.experiment import Experiment, ExperimentOptions
 from abft.experiments.results import Results

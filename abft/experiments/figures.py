@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from abft.experiments.analyses import registry
+from abft.experiments.analyses import analysis_registry as registry
 from abft.experiments.methods import METHODS
 from abft.experiments.results import Results, accuracy
 from abft.experiments.styles import STYLES, integer_ticks, plot_layers

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from abft.experiments.analyses import registry
+from abft.experiments.analyses import analysis_registry as registry
 from abft.experiments.methods import METHODS
 from abft.experiments.results import Results, Value, accuracy, paper_averages
 from abft.experiments.tables import Table, points, with_error

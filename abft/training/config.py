@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from abft.training.objectives.registry import DEFAULT, OBJECTIVES, objective_of
+from abft.training.objectives.objective_registry import DEFAULT, OBJECTIVES, objective_of
 from abft.training.options import TrainingOptions
 
 __all__ = ["ABFTConfig"]
@@ -23,7 +23,7 @@ class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # l
 
     Args:
         method: name of the objective: `"abft"`, `"e2e"` (cross-entropy of the gold label token at the last position),
-            or one that was registered (`abft.training.objectives.registry`).
+            or one that was registered (`abft.training.objectives.objective_registry`).
         packing: concatenate the prompts of a batch along the sequence dimension (batch size 1), without padding.
         tokens_per_batch: with `packing`, most tokens of one pass; a batch with more takes several.
         tensor_parallel_size: processes that share a model loaded with `tp_plan="auto"`; the others hold other prompts.

@@ -25,7 +25,7 @@ from abft.models.loading import context_of
 from abft.models.masses import layer_masses
 from abft.models.projections import lora_qk, train_qk
 from abft.training.objectives.objective import Objective
-from abft.training.objectives.registry import DEFAULT, plan_modes
+from abft.training.objectives.objective_registry import DEFAULT, plan_modes
 
 __all__ = ["Plan", "modes", "plan"]
 

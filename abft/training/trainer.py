@@ -37,7 +37,7 @@ from abft.training.checks import (
 )
 from abft.training.config import ABFTConfig
 from abft.training.objectives.objective import Objective
-from abft.training.objectives.registry import objective_of
+from abft.training.objectives.objective_registry import objective_of
 from abft.training.steps import HeadCountState
 
 __all__ = ["ABFTTrainer"]

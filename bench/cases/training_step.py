@@ -41,7 +41,7 @@ def _make_step(method: str, tokens: str) -> Callable[[], None]:
 
     import abft
     from abft.models.projections import train_qk
-    from bench.steps import label_groups, packed_step, reference_step
+    from bench.compared_steps import label_groups, packed_step, reference_step
 
     prompts, length = PAPER if tokens == "paper" else (1, int(tokens))
     torch.manual_seed(0)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.compared_steps import label_groups, packed_step, reference_step
 from bench.gpu.setting import Row, Setting
-from bench.steps import label_groups, packed_step, reference_step
 
 __all__ = ["SHAPES", "training"]
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.compared_steps import label_groups
 from bench.gpu.timing import Budget
-from bench.steps import label_groups
 
 __all__ = ["ROOT", "Row", "Setting", "groups_of", "inputs", "shape", "tried"]
 

@@ -14,7 +14,7 @@ __all__ = ["COMMAND"]
 
 
 def _options() -> tuple[Any, ...]:
-    from abft.experiments.analyses.registry import ANALYSES
+    from abft.experiments.analyses.analysis_registry import ANALYSES
     from abft.experiments.analyze import AnalyzeOptions
 
     return (AnalyzeOptions, *(row.options for row in ANALYSES if row.options is not None))

@@ -14,11 +14,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from abft.cli.main import main
+from abft.experiments.analyses.analysis_registry import ANALYSES
 from abft.experiments.analyses.connectivity import ConnectivityOptions
 from abft.experiments.analyses.definition import Analysis
 from abft.experiments.analyses.induction import InductionOptions
 from abft.experiments.analyses.momentum_attention import MomentumOptions
-from abft.experiments.analyses.registry import ANALYSES
 from abft.experiments.analyze import PARTS, AnalyzeOptions, analyze
 from abft.experiments.claims import claims
 from abft.experiments.comparison import compare_runs
@@ -336,7 +336,7 @@ def test_an_analysis_is_one_row(analysed, tmp_path, monkeypatch):
         figure=lambda found: (Figure(), f"{found['count']} layers drawn"),
         table=lambda results, found: Table("layers", "Layers.", ["", "layers"], [["model", str(found["count"])]]),
     )
-    monkeypatch.setattr("abft.experiments.analyses.registry.ANALYSES", (*ANALYSES, row))
+    monkeypatch.setattr("abft.experiments.analyses.analysis_registry.ANALYSES", (*ANALYSES, row))
     analyze(AnalyzeOptions(experiment=str(folder), parts=["layers"], quiet=True))
     assert json.loads((folder / "analysis.json").read_text())["options"]["layers"] == {"task": "topics", "seed": 0}
     write_report([folder], tmp_path / "r.html")

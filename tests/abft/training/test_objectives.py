@@ -13,7 +13,7 @@ from abft.prompts.builder import PromptCollator
 from abft.training.config import ABFTConfig
 from abft.training.fit import fit
 from abft.training.objectives.objective import LogitObjective, MassObjective, SampleLosses
-from abft.training.objectives.registry import OBJECTIVES, objective_of, register
+from abft.training.objectives.objective_registry import OBJECTIVES, objective_of, register
 from abft.training.plan import modes, plan
 
 
