@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from abft.models.attention import is_enabled, transformer_of
-from abft.models.bounds import Bounds
+from abft.models.bounds import Bounds, token_mask
 
 __all__ = ["Inputs", "learns_prompts"]
 
@@ -75,15 +75,15 @@ class Inputs(NamedTuple):
         inner = transformer_of(model)
         layout = self.layout() if layout is None else layout
         mask = self.attention_mask
-        if layout is not None and mask is None:
-            mask = layout.tokens(self.input_ids.shape[1])
+        if layout is not None and layout.seq_lens is not None:
+            mask = token_mask(layout.seq_lens, layout.seq_starts, self.input_ids.shape[1]).long()
         keywords: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": mask}
         if "position_ids" in inspect.signature(inner.forward).parameters:  # not for ALiBi and recurrent models
             keywords["position_ids"] = self._positions(mask)
         if layout is not None and is_enabled(inner) and not learns_prompts(model):
             keywords["layout"] = layout
             if mask is None:
-                keywords["attention_mask"] = torch.ones_like(self.input_ids, dtype=torch.bool)
+                keywords["attention_mask"] = torch.ones_like(self.input_ids)
         return keywords
 
     def _positions(self, mask: Tensor | None) -> Tensor | None:

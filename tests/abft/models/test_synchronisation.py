@@ -3,6 +3,8 @@
 import abft_kernels.launch
 import pytest
 import torch
+import transformers
+import transformers.masking_utils
 from parity import batch_of
 from tiny_models import CONFIGS, packed, padded, random_prompts
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,7 +17,6 @@ from abft.models.masses import forward, forward_with_mass, layer_masses
 from abft.models.projections import train_qk
 from abft.prompts.collation import MASS_INPUTS
 
-transformers = pytest.importorskip("transformers")
 READS = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
     "unique_consecutive", "repeat_interleave",
@@ -45,6 +46,7 @@ class NoReads(TorchDispatchMode):
 def on_cuda(monkeypatch):
     """Makes fake models and batches on CUDA; the launch table's architecture is told, since there is no GPU to ask."""
     monkeypatch.setattr(abft_kernels.launch, "architecture", lambda device: 90)
+    monkeypatch.setattr(transformers.masking_utils, "is_tracing", lambda *_: False)  # it takes fake tensors for tracing
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
 
         def model(kind):
