@@ -176,7 +176,10 @@ class LogitObjective(Objective):
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         last = batch["query_positions"][:, -1]
-        wanted, column = last.unique(return_inverse=True)
+        if last.device.type == "cpu":
+            wanted, column = last.unique(return_inverse=True)
+        else:  # `unique` would wait for the GPU; a repeated position costs a row of logits
+            wanted, column = last, torch.arange(len(last), device=last.device)
         logits = forward(model, **_entries(batch, MODEL_INPUTS), logits_to_keep=wanted).logits
         # A model without logits_to_keep gives the logits of every position.
         kept = column if logits.shape[1] == len(wanted) else last
