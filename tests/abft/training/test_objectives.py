@@ -9,7 +9,7 @@ from trainers import LABEL_LOOKERS, arguments, assert_same_trajectory, losses, t
 from transformers import HfArgumentParser, LlamaConfig
 
 from abft.models.masses import attention_mass
-from abft.prompts.builder import PromptCollator
+from abft.prompts.collation import MASS_INPUTS, Collator
 from abft.training.config import ABFTConfig
 from abft.training.fit import fit
 from abft.training.objectives.objective import LogitObjective, MassObjective, SampleLosses
@@ -29,7 +29,7 @@ class CorrectMass(MassObjective):
 
     def losses(self, outputs, batch):
         correct = torch.stack([mass[:, :, -1, 0] for mass in outputs])
-        informative = batch["correct_demonstrations"] > 0
+        informative = batch["correct_demonstrations"][:, 0] > 0
         per_sample = -(correct.clamp(min=1e-9).log().sum(dim=(0, 2))) * informative
         return SampleLosses(per_sample, {"mass": correct.detach().sum()})
 
@@ -80,10 +80,10 @@ def test_its_first_loss_is_that_of_the_masses(toy_prompts, toy_builder, tmp_path
     trainer = run(prompts, toy_builder, tmp_path, num_train_epochs=1)
     model = tiny("llama", **LABEL_LOOKERS)
     model.set_attn_implementation("abft")
-    batch = PromptCollator(toy_builder)(prompts)
-    names = ("input_ids", "key_groups", "attention_mask", "query_positions")
-    masses = torch.stack(attention_mass(model, **{name: batch[name] for name in names}))[:, :, :, 0, 0]
-    per_prompt = -masses.log().sum(dim=(0, 2)) * (batch["correct_demonstrations"] > 0)
+    batch = Collator()(prompts)
+    masses = torch.stack(attention_mass(model, **{name: batch[name] for name in MASS_INPUTS if name in batch}))
+    masses = masses[:, :, :, 0, 0]
+    per_prompt = -masses.log().sum(dim=(0, 2)) * (batch["correct_demonstrations"][:, 0] > 0)
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert entry["loss"] == pytest.approx(per_prompt.mean().item(), rel=1e-5)
     assert entry["mass_per_prompt"] == pytest.approx(masses.sum().item() / 32, rel=1e-5)
