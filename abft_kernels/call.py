@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from abft_kernels.masking import Reach
+
 __all__ = ["PACKED_ARGUMENTS", "SCHEMA", "TENSORS", "Call", "Gradients", "pack", "unpack"]
 
 
@@ -26,9 +28,9 @@ class Call(NamedTuple):
     starts: Tensor | None = None  # (S,) int32: first position of each sequence; None: 0
     ends: Tensor | None = None  # (S,) int32: one past its last position; None: N_k
     row_mask: Tensor | None = None  # (B, N_q) uint8: rows whose mass is wanted; None: all
+    reach: Reach = Reach()
     num_groups: int = 0
     causal: bool = True
-    window: int = 0  # keys that a row sees, its own included; 0: all
     row_offset: int = 0  # position of query row 0, where rows are consecutive
     key_offset: int = 0  # what to subtract from the positions of chosen rows: they count all keys, this call a shard
     packed: bool = False  # the sequences are concatenated along the sequence dimension (batch size 1)
@@ -49,11 +51,11 @@ class Gradients(NamedTuple):
 
 
 _HINTS = typing.get_type_hints(Call)
-TENSORS = tuple(name for name in Call._fields if _HINTS[name] not in (int, bool, float))
+TENSORS = tuple(name for name in Call._fields if _HINTS[name] not in (Reach, int, bool, float))
 _INTEGERS = tuple(name for name in Call._fields if _HINTS[name] in (int, bool))
 _FLOATS = tuple(name for name in Call._fields if _HINTS[name] is float)
-if Call._fields != TENSORS + _INTEGERS + _FLOATS:
-    raise TypeError("the fields of Call must be ordered: tensors, integers, floats")
+if Call._fields != (*TENSORS, "reach", *_INTEGERS, *_FLOATS):
+    raise TypeError("the fields of Call must be ordered: tensors, reach, integers, floats")
 
 SCHEMA = ", ".join([f"Tensor? {name}" for name in TENSORS] + ["SymInt[] integers", "float[] floats"])
 PACKED_ARGUMENTS = len(TENSORS) + 2
@@ -62,19 +64,18 @@ _BOOLEANS = tuple(i for i, name in enumerate(_INTEGERS) if _HINTS[name] is bool)
 
 def pack(call: Call) -> tuple[Any, ...]:
     """Return the operator arguments that `SCHEMA` describes."""
-    split = len(TENSORS)
-    integers: list[Any] = list(call[split : split + len(_INTEGERS)])
+    integers: list[Any] = list(call[len(TENSORS) + 1 : -len(_FLOATS)])
     for i in _BOOLEANS:  # beside a symbolic integer PyTorch takes no bool
         integers[i] = int(integers[i])
-    floats: Sequence[Any] = call[split + len(_INTEGERS) :]
+    floats: Sequence[Any] = call[-len(_FLOATS) :]
     # float() makes a symbolic one, of a dynamic head_dim, a number: lists of floats have no symbolic form.
-    return (*call[:split], integers, [float(x) for x in floats])
+    return (*call[: len(TENSORS)], [*integers, *call.reach], [float(x) for x in floats])
 
 
 def unpack(arguments: Sequence[Any]) -> Call:
     """Return the call whose :func:`pack` gave `arguments`, `PACKED_ARGUMENTS` of them."""
     *tensors, integers, floats = arguments
-    integers = list(integers)
+    integers, reach = list(integers[: len(_INTEGERS)]), Reach(*integers[len(_INTEGERS) :])
     for i in _BOOLEANS:
         integers[i] = bool(integers[i])
-    return Call(*tensors, *integers, *floats)
+    return Call(*[*tensors, reach, *integers, *floats])

@@ -1,6 +1,7 @@
 """The masking arguments that the public functions share, and their checks.
 
-A new kind of mask starts here: its argument in :class:`Masking`, its check in :func:`check_masking`, its field in
+A new limit on the keys that a row sees starts here: its argument in :class:`Masking`, its meaning in `LIMITS` and its
+field in :class:`Reach`. Another kind of mask needs a check in :func:`check_masking` and a field in
 :class:`abft_kernels.call.Call`. Errors name the value received and the remedy.
 """
 
@@ -12,7 +13,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-__all__ = ["Keywords", "Masking", "Sequences", "check_masking", "check_sequences", "values_readable"]
+__all__ = ["LIMITS", "Keywords", "Masking", "Reach", "Sequences", "check_masking", "check_sequences", "values_readable"]
 
 
 class Masking(NamedTuple):
@@ -51,10 +52,23 @@ class Keywords(TypedDict, total=False):
     query_offset: int | None
 
 
+class Reach(NamedTuple):
+    """How far back a row sees, as keywords of the same names limit it; 0: no limit."""
+
+    window: int = 0  # keys that a row sees, its own included
+
+
+# What errors call each limit, and why it needs the causal mask.
+LIMITS = {"window": ("keys that a row sees, its own included", "it ends at the row's own position")}
+
+
 class Sequences(NamedTuple):
+    """The sequences among the keys of a call, and how far back their rows see."""
+
     number: int
-    starts: Tensor | None  # (number,) int32, from key 0 of this call; None: 0
-    ends: Tensor | None  # (number,) int32: one past the last position; None: all keys
+    reach: Reach
+    starts: Tensor | None = None  # (number,) int32, from key 0 of this call; None: 0
+    ends: Tensor | None = None  # (number,) int32: one past the last position; None: all keys
 
 
 def values_readable(tensor: Tensor) -> bool:
@@ -62,28 +76,33 @@ def values_readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
 
 
-def check_masking(masking: Masking, q: Tensor) -> dict[str, float | int | bool | Tensor | None]:
-    """Return the fields of `Call` that say which keys of its sequence a row sees, and how it scores them."""
-    causal, scale, window, softcap = masking[:4]
+def check_masking(masking: Masking, q: Tensor) -> dict[str, float | bool | Tensor | None]:
+    """Return the fields of `Call` that say how a row scores keys, and whether it sees those after it."""
+    causal, scale, softcap = masking.causal, masking.scale, masking.softcap
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}; None means 1/sqrt(head_dim)")
-    if window is not None:
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(
-                f"window must be an int ≥ 1 (keys that a row sees, its own included) or None, got {window!r}"
-            )
-        if not causal:
-            raise ValueError(f"window={window} needs causal=True: it ends at the row's own position")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be a finite number > 0 or None, got {softcap!r}")
     return {
         "causal": causal,
-        "window": window or 0,
         "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
         "softcap": float(softcap or 0.0),
         "sinks": _check_sinks(masking.sinks, q),
         "slopes": _check_slopes(masking.alibi_slopes, q),
     }
+
+
+def _check_reach(masking: Masking) -> Reach:
+    limits = {name: getattr(masking, name) for name in Reach._fields}
+    for name, limit in limits.items():
+        if limit is None:
+            continue
+        meaning, reason = LIMITS[name]
+        if not isinstance(limit, int) or limit < 1:
+            raise ValueError(f"{name} must be an int ≥ 1 ({meaning}) or None, got {limit!r}")
+        if not masking.causal:
+            raise ValueError(f"{name}={limit} needs causal=True: {reason}")
+    return Reach(**{name: limit or 0 for name, limit in limits.items()})
 
 
 def _check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
@@ -115,18 +134,21 @@ def _check_slopes(slopes: Tensor | None, q: Tensor) -> Tensor | None:
     return slopes.to(dtype).expand(q.shape[0], q.shape[1]).contiguous()
 
 
-def check_sequences(masking: Masking, batch: int, n_q: int | None, n_k: int) -> Sequences:
-    """Return the sequences among the keys; `n_q` None: the rows have positions of their own."""
+def check_sequences(masking: Masking, q: Tensor, n_q: int | None, n_k: int) -> Sequences:
+    """Return the sequences among the keys; `n_q` None: the rows of q have positions of their own."""
+    reach = _check_reach(masking)
     if masking.cu_seqlens is not None:
-        return _check_packed(masking, masking.cu_seqlens, n_q, n_k)
+        starts, ends = _check_packed(masking, masking.cu_seqlens, n_q, n_k)
+        return Sequences(starts.shape[0], reach, starts, ends)
     if masking.seq_lens is not None:
-        return _check_padded(masking, masking.seq_lens, batch, n_q, n_k)
+        return Sequences(q.shape[0], reach, *_check_padded(masking, masking.seq_lens, q.shape[0], n_q, n_k))
     if masking.seq_starts is not None:
         raise ValueError("seq_starts needs seq_lens: pass the number of tokens of each sample too")
-    return Sequences(batch, None, None)
+    return Sequences(q.shape[0], reach)
 
 
-def _check_packed(masking: Masking, cu_seqlens: Tensor, n_q: int | None, n_k: int) -> Sequences:
+def _check_packed(masking: Masking, cu_seqlens: Tensor, n_q: int | None, n_k: int) -> tuple[Tensor, Tensor]:
+    """Return first and one-past-last token of each sequence."""
     for name in ("seq_lens", "seq_starts", "key_offset", "query_offset"):
         if getattr(masking, name) is not None:
             raise ValueError(
@@ -145,10 +167,13 @@ def _check_packed(masking: Masking, cu_seqlens: Tensor, n_q: int | None, n_k: in
         if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > n_k:
             raise ValueError(f"cu_seqlens must start at 0, never fall and end within the {n_k} tokens, got {bounds}")
     edges = cu_seqlens.to(torch.int32)
-    return Sequences(edges.shape[0] - 1, edges[:-1].contiguous(), edges[1:].contiguous())
+    return edges[:-1].contiguous(), edges[1:].contiguous()
 
 
-def _check_padded(masking: Masking, seq_lens: Tensor, batch: int, n_q: int | None, n_k: int) -> Sequences:
+def _check_padded(
+    masking: Masking, seq_lens: Tensor, batch: int, n_q: int | None, n_k: int
+) -> tuple[Tensor | None, Tensor]:
+    """Return first and one-past-last token of each sample, from key 0 of this call; None: all begin there."""
     starts = masking.seq_starts
     for name, x in (("seq_lens", seq_lens), ("seq_starts", starts)):
         if x is None:
@@ -174,4 +199,4 @@ def _check_padded(masking: Masking, seq_lens: Tensor, batch: int, n_q: int | Non
         starts = -masking.key_offset + (torch.zeros_like(ends) if starts is None else starts)
         ends = ends - masking.key_offset
     starts = None if starts is None else starts.to(torch.int32).contiguous()
-    return Sequences(batch, starts, ends.to(torch.int32).contiguous())
+    return starts, ends.to(torch.int32).contiguous()

@@ -46,7 +46,7 @@ def make_call(
     fields = check_masking(masking, q)
     groups, weights = (None, None) if labels is None else _check_groups(*labels, k)
     n_k = k.shape[2]
-    sequences = check_sequences(masking, q.shape[0], None if output is None else q.shape[2], n_k)
+    sequences = check_sequences(masking, q, None if output is None else q.shape[2], n_k)
     if packed and output is not None and q.shape[0] != 1:
         raise ValueError(
             f"with cu_seqlens q must have batch 1, its sequences concatenated along the sequence dimension; got "
@@ -63,6 +63,7 @@ def make_call(
         weights=weights,
         starts=sequences.starts,
         ends=sequences.ends,
+        reach=sequences.reach,
         row_mask=_check_row_mask(output_of.row_mask, q),
         num_groups=0 if labels is None else labels[1],
         row_offset=n_k - q.shape[2] if masking.query_offset is None else masking.query_offset - key_offset,

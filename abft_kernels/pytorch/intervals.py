@@ -69,7 +69,7 @@ def key_interval(positions: Tensor, call: Call, n_k: int, start: Tensor | None, 
         # Bounds of a shard's sequences reach beyond its keys.
         high = high.clamp(max=n_k).masked_fill(outside, 0)
     low = start
-    if call.window:
-        first = positions - (call.window - 1)
+    if call.reach.window:
+        first = positions - (call.reach.window - 1)
         low = first if low is None else torch.maximum(low, first)
     return Interval(None if low is None else low.clamp(min=0).expand_as(positions), high)

@@ -16,9 +16,9 @@ _MASKED_ROWS = 128
 
 
 # Fields of a call that do not change the output or that PyTorch's attention can follow; all others must be at their
-# defaults. `row_offset`, `window` and `seed` have conditions of their own.
-_FOLLOWED = {"groups", "weights", "num_groups", "row_mask", "starts", "ends", "packed", "causal", "scale", "dropout_p",
-             "key_offset", "row_offset", "window", "seed"}  # fmt: skip
+# defaults. `row_offset`, `reach` and `seed` have conditions of their own.
+_FOLLOWED = {"groups", "weights", "num_groups", "row_mask", "starts", "ends", "packed", "causal", "scale", "dropout_p"}
+_FOLLOWED |= {"key_offset", "row_offset", "reach", "seed"}
 _PLAIN = {name: value for name, value in Call._field_defaults.items() if name not in _FOLLOWED}
 
 
@@ -31,8 +31,8 @@ def is_plain(n_q: int, n_k: int, call: Call, seeded: bool) -> bool:
         value = getattr(call, name)
         if value is not plain and (isinstance(value, Tensor) or value != plain):
             return False
-    windowed = call.window and call.window < n_k
-    return not windowed and call.row_offset == n_k - n_q and not (call.dropout_p and seeded)
+    limited = any(limit and limit < n_k for limit in call.reach)
+    return not limited and call.row_offset == n_k - n_q and not (call.dropout_p and seeded)
 
 
 def _zero_outside(x: Tensor, valid: Tensor) -> Tensor:

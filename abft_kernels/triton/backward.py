@@ -387,7 +387,7 @@ def backward(
     statistics = Statistics(torch.empty_like(delta), delta, dmass, call.row_mask, n_q)
     inputs = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(do))
     scores, dropout, width = Scores.of(call), Dropout.of(call), head_tile(q, v)
-    shape = Shape(heads, heads // kv_heads, n_q, n_k, 0, call.row_offset, call.window)
+    shape = Shape(heads, heads // kv_heads, n_q, n_k, 0, call.row_offset)
     launch = launch_config("backward_kv", width, q.element_size(), groups, q.device)
     of_keys = features(q, v, call, launch, groups, dw=want_dw)
 
@@ -401,7 +401,7 @@ def backward(
     if call.sinks is not None:
         dsinks = sink_gradient(call.sinks, lse, delta)
 
-    sequences, num_tiles = Sequences.of(call, n_k, launch.block_n)
+    sequences, num_tiles = Sequences.tiled(call, n_k, launch.block_n)
     of_call = (call.scale, scores, dropout, sequences, shape._replace(num_tiles=num_tiles))
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     _mass_attn_bwd_kv_kernel[(num_tiles * batch * kv_heads,)](
@@ -409,7 +409,7 @@ def backward(
     )
 
     launch = launch_config("backward_q", width, q.element_size(), groups, q.device)
-    sequences, num_tiles = Sequences.of(call, n_q, launch.block_m)
+    sequences, num_tiles = Sequences.tiled(call, n_q, launch.block_m)
     labels, of = key_labels(call, groups, launch.block_n), features(q, v, call, launch, groups)
     of_call = (call.scale, scores, dropout, sequences, shape._replace(num_tiles=num_tiles))
     _mass_attn_bwd_q_kernel[(num_tiles * batch * heads,)](

@@ -145,10 +145,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor | None, call: Call) -> tuple[Tensor,
             row_kernel.forward_into(out, mass, lse, q, k, v, positions, call._replace(key_offset=-call.row_offset))
             return out, mass, lse
     launch = launch_config("forward", head_tile(q, v), q.element_size(), groups, q.device)
-    sequences, num_tiles = Sequences.of(call, n_q, launch.block_m)
+    sequences, num_tiles = Sequences.tiled(call, n_q, launch.block_m)
     inputs = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(out))
     chosen = (key_labels(call, groups, launch.block_n), call.row_mask, call.sinks, Scores.of(call), Dropout.of(call))
-    sizes = Shape(heads, heads // kv_heads, n_q, n_k, num_tiles, call.row_offset, call.window)
+    sizes = Shape(heads, heads // kv_heads, n_q, n_k, num_tiles, call.row_offset)
     of = features(q, v, call, launch, groups, sinks=call.sinks is not None)
     _mass_attn_fwd_kernel[(num_tiles * batch * heads,)](
         *inputs, mass, lse, *chosen, sequences, sizes, of, num_warps=launch.num_warps, num_stages=launch.num_stages

@@ -14,13 +14,20 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from abft_kernels.masking import Reach
+
 
 class Keys(NamedTuple):
-    """The keys of one sequence in this call, `start … end − 1`, and the window of its rows."""
+    """The keys of one sequence in this call, `start … end − 1`, and how far back its rows see.
+
+    The sequence's tokens are `origin … limit − 1`: a shard of the keys holds part of them.
+    """
 
     start: tl.tensor
     end: tl.tensor
-    window: tl.tensor
+    origin: tl.tensor
+    limit: tl.tensor
+    reach: Reach
 
 
 class Queries(NamedTuple):
@@ -52,8 +59,8 @@ def row_interval(rows, keys, F: tl.constexpr):
     hi = keys.end
     if F.causal:
         hi = tl.minimum(keys.end, rows + 1)
-    if F.window:
-        lo = tl.maximum(keys.start, rows - keys.window + 1)
+    if F.reach.window:
+        lo = tl.maximum(keys.start, rows - keys.reach.window + 1)
     return lo, hi
 
 
@@ -64,36 +71,33 @@ def key_interval(key, keys, queries, F: tl.constexpr):
     hi = queries.limit
     if F.causal:
         lo = tl.maximum(queries.first, key - queries.offset)
-    if F.window:
-        hi = tl.minimum(queries.limit, key + keys.window - queries.offset)
+    if F.reach.window:
+        hi = tl.minimum(queries.limit, key + keys.reach.window - queries.offset)
     return lo, hi
 
 
 @triton.jit
-def sequence_bounds(sequences, index, n_k, F: tl.constexpr):
-    """Return the first and one past the last position of a sequence's tokens, counted from key 0 of this call.
-
-    Of a shard of the keys they may lie outside 0 … n_k: its sequence begins before it, or goes on after it.
-    """
-    start = 0
-    end = n_k
+def sequence_keys(sequences, index, n_k, F: tl.constexpr):
+    """Return the keys of a sequence; all positions are counted from key 0 of this call."""
+    origin = 0
+    limit = n_k
     if F.starts:
-        start = tl.load(sequences.starts + index)
+        origin = tl.load(sequences.starts + index)
     if F.ends:
-        end = tl.load(sequences.ends + index)
-    return start, end
+        limit = tl.load(sequences.ends + index)
+    return Keys(tl.maximum(origin, 0), tl.minimum(limit, n_k), origin, limit, sequences.reach)
 
 
 @triton.jit
 def keys_and_queries(sequences, index, shape, F: tl.constexpr):
     """Return the keys of a sequence, and the query rows that stand on its tokens."""
-    start, end = sequence_bounds(sequences, index, shape.n_k, F)
+    keys = sequence_keys(sequences, index, shape.n_k, F)
     first = 0
     limit = shape.n_q
     if F.ends:
-        first = tl.maximum(start - shape.offset, 0)
-        limit = tl.minimum(end - shape.offset, shape.n_q)
-    return Keys(tl.maximum(start, 0), tl.minimum(end, shape.n_k), shape.window), Queries(first, limit, shape.offset)
+        first = tl.maximum(keys.origin - shape.offset, 0)
+        limit = tl.minimum(keys.limit - shape.offset, shape.n_q)
+    return keys, Queries(first, limit, shape.offset)
 
 
 @triton.jit
@@ -116,7 +120,7 @@ def key_reach(rows, present, keys, F: tl.constexpr):
     """Return the first and one past the last key that any of the present rows sees."""
     lo, hi = row_interval(rows, keys, F)
     hi = tl.max(tl.where(present, hi, keys.start), 0)
-    if F.window:
+    if F.reach.window:
         lo = tl.min(tl.where(present, lo, keys.end), 0)
     return lo, hi
 

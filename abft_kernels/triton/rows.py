@@ -30,7 +30,7 @@ from abft_kernels.triton.combine import row_mass_combine_kernel, row_mass_dq_ker
 from abft_kernels.triton.common import INTERPRETED, load_tile, locate, matmul, one_head, rounded, scatter
 from abft_kernels.triton.labels import add_column, add_masses, group_weight, key_labels, load_groups, sample_labels
 from abft_kernels.triton.launch import Launch, launch_config, row_splits
-from abft_kernels.triton.masks import Keys, key_reach, seen_keys, sequence_bounds
+from abft_kernels.triton.masks import key_reach, seen_keys, sequence_keys
 from abft_kernels.triton.softmax import LN2, LOG2E, base2_scores, finish, probabilities, softmax_step
 from abft_kernels.triton.structs import (
     Features,
@@ -57,7 +57,7 @@ class PackedRows(NamedTuple):
 
 
 @triton.jit
-def _packed_tile(q, positions, scores, at, first, start, end, shape, F: tl.constexpr):
+def _packed_tile(q, positions, scores, at, first, keys, shape, F: tl.constexpr):
     """Load a tile of packed rows, and return it with its scores: of each row, the slope of its head.
 
     Absent rows are never read: what stands there, NaN too, has no effect.
@@ -73,7 +73,7 @@ def _packed_tile(q, positions, scores, at, first, start, end, shape, F: tl.const
     own = position >= 0
     position -= shape.key_offset
     if F.ends:
-        own = own & (position >= start) & (position < end)
+        own = own & (position >= keys.origin) & (position < keys.limit)
     pointers = q.ptr + at.b * q.b + head[:, None] * q.h + row.to(tl.int64)[:, None] * q.n
     mask = own[:, None] & (offs_d[None, :] < F.head_dim)
     tile_q = tl.load(pointers + offs_d[None, :] * q.d, mask=mask, other=0.0)
@@ -97,9 +97,8 @@ def _row_mass_fwd_kernel(q, k, v, out, mass, lse, labels, positions, sinks, scor
     split = tl.program_id(1)
     num_tiles = tl.cdiv(shape.group_size * shape.num_rows, BLOCK_M)
     at = locate(None, shape.kv_heads, num_tiles, BLOCK_M, False, False)
-    start, end = sequence_bounds(sequences, at.b, shape.n_k, F)
-    rows, scores_here = _packed_tile(q, positions, scores, at, at.start, start, end, shape, F)
-    keys = Keys(tl.maximum(start, 0), tl.minimum(end, shape.n_k), shape.window)
+    keys = sequence_keys(sequences, at.b, shape.n_k, F)
+    rows, scores_here = _packed_tile(q, positions, scores, at, at.start, keys, shape, F)
     k_rows = one_head(k, at.b, at.h)
     v_rows = k_rows
     if F.v:
@@ -157,8 +156,7 @@ def _row_mass_bwd_kernel(
     at = locate(None, shape.kv_heads, owners, shape.tiles_per_program, False, False)  # `start` is a tile here
     off_keys = 0 if F.packed else at.b
     offs_d = tl.arange(0, BLOCK_D)
-    start, end = sequence_bounds(sequences, at.b, shape.n_k, F)
-    keys = Keys(tl.maximum(start, 0), tl.minimum(end, shape.n_k), shape.window)
+    keys = sequence_keys(sequences, at.b, shape.n_k, F)
     k_rows = one_head(k, at.b, at.h)
     labels = sample_labels(labels, off_keys, shape.n_k, 1, F)
     key_base = (off_keys * shape.kv_heads + at.h) * shape.n_k
@@ -183,7 +181,7 @@ def _row_mass_bwd_kernel(
         dk_tile = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
         dw_tile = tl.zeros([BLOCK_N, GROUPS_PAD], dtype=tl.float32)
         for tile in range(at.start, at.start + shape.tiles_per_program):
-            rows, scores_here = _packed_tile(q, positions, scores, at, tile * BLOCK_M, start, end, shape, F)
+            rows, scores_here = _packed_tile(q, positions, scores, at, tile * BLOCK_M, keys, shape, F)
             row, col = rows.position[:, None], offs_n[None, :]
             lse_rows = tl.load(lse + rows.index, mask=rows.in_range, other=float("-inf"))
             lse2 = tl.where(lse_rows == float("-inf"), float("inf"), lse_rows * LOG2E)
@@ -237,7 +235,7 @@ class _Grid:
         splits = row_splits(self.programs * self.tiles, blocks, _multiprocessors(q.device))
         per_split = triton.cdiv(blocks, splits)
         self.splits = triton.cdiv(blocks, per_split)
-        self.shape = RowShape(kv_heads, heads // kv_heads, num_rows, n_k, per_split, 1, call.key_offset, call.window)
+        self.shape = RowShape(kv_heads, heads // kv_heads, num_rows, n_k, per_split, 1, call.key_offset)
         self.k = Heads.of(k)
         if call.packed:  # the sequences share the keys of one sample
             self.k = self.k._replace(b=0)
@@ -276,7 +274,7 @@ def forward_into(
     sinks = call.sinks is not None
     of = features(q, v, call, launch, call.num_groups, sinks=sinks and final, final=final)
     inputs = (Heads.of(q), grid.k, Heads.of(v), part_out, part_mass, part_lse, key_labels(call, call.num_groups))
-    of_call = (positions.contiguous(), call.sinks, Scores.of(call), Sequences(call.starts, call.ends, None), grid.shape)
+    of_call = (positions.contiguous(), call.sinks, Scores.of(call), Sequences.of(call), grid.shape)
     _row_mass_fwd_kernel[(grid.tiles * grid.programs, grid.splits)](
         *inputs, *of_call, of, num_warps=launch.num_warps, num_stages=launch.num_stages
     )
@@ -324,7 +322,7 @@ def backward(
     dlse = None if dlse is None else dlse.contiguous()
     of = features(q, None, call, launch, groups, dlse=dlse is not None, dq=True, dk=True, dw=want_dw)
     inputs = (Heads.of(q), grid.k, key_labels(call, groups), positions.contiguous(), lse, mass, dmass, dlse)
-    of_call = (call.scale, Scores.of(call), Sequences(call.starts, call.ends, None))
+    of_call = (call.scale, Scores.of(call), Sequences.of(call))
     launches = [(1, grid.shape, of)]
     if grid.tiles > 1:  # dk sums over all tiles of rows, dq over all keys: an owner for each
         whole = grid.shape._replace(tiles_per_program=grid.tiles)

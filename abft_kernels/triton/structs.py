@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from abft_kernels.call import Call
+from abft_kernels.masking import Reach
 from abft_kernels.triton.launch import Launch
 
 _LOG2E = 1.4426950408889634
@@ -35,7 +36,7 @@ class Features(NamedTuple):
     groups_pad: int = 1
     precision: str = "tf32"
     causal: bool = False
-    window: bool = False
+    reach: Reach = Reach()  # 1 for the limits that there are
     starts: bool = False
     ends: bool = False
     packed: bool = False
@@ -76,7 +77,6 @@ class Shape(NamedTuple):
     n_k: int
     num_tiles: int
     offset: int
-    window: int
 
 
 class RowShape(NamedTuple):
@@ -89,23 +89,27 @@ class RowShape(NamedTuple):
     blocks_per_split: int
     tiles_per_program: int  # of the backward pass
     key_offset: int
-    window: int
 
 
 class Sequences(NamedTuple):
-    """Bounds of the sequences, and where each tile of packed ones begins."""
+    """Bounds of the sequences, how far back their rows see, and where each tile of packed ones begins."""
 
     starts: Tensor | None
     ends: Tensor | None
-    tiles: Tensor | None
+    reach: Reach
+    tiles: Tensor | None = None
 
     @classmethod
-    def of(cls, call: Call, length: int, block: int) -> tuple[Sequences, int]:
+    def of(cls, call: Call) -> Sequences:
+        return cls(call.starts, call.ends, call.reach)
+
+    @classmethod
+    def tiled(cls, call: Call, length: int, block: int) -> tuple[Sequences, int]:
         """Return also how many tiles of `block` tokens there are."""
         if not call.packed or call.starts is None or call.ends is None:
-            return cls(call.starts, call.ends, None), -(-length // block)
+            return cls.of(call), -(-length // block)
         tiles = _sequence_tiles(call.starts, call.ends, length, block)
-        return cls(call.starts, call.ends, tiles), tiles.shape[0]
+        return cls.of(call)._replace(tiles=tiles), tiles.shape[0]
 
 
 class Labels(NamedTuple):
@@ -190,10 +194,10 @@ def features(q: Tensor, v: Tensor | None, call: Call, launch: Launch, groups: in
     block_dv = 1 if v is None else head_block(head_dim_v)
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     sizes = (head_dim, head_dim_v, head_block(head_dim), block_dv, launch.block_m, launch.block_n)
-    starts, ends, weights = call.starts is not None, call.ends is not None, groups > 0 and call.weights is not None
+    weights, reach = groups > 0 and call.weights is not None, Reach(*(int(limit > 0) for limit in call.reach))
     return Features(
         *(*sizes, groups, next_power_of_2(max(1, groups)), precision),
-        *(call.causal, call.window > 0, starts, ends, call.packed, v is not None, weights),
+        *(call.causal, reach, call.starts is not None, call.ends is not None, call.packed, v is not None, weights),
         slopes=call.slopes is not None,
         softcap=call.softcap > 0,
         row_mask=groups > 0 and call.row_mask is not None,

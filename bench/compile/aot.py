@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from abft.files import write_json
+from abft_kernels.masking import Reach
 from abft_kernels.triton import backward, combine, forward, rows
 from abft_kernels.triton.launch import TABLE, Launch, preprocess_block, table_architecture
 from abft_kernels.triton.structs import (
@@ -74,8 +75,8 @@ _TUPLES: dict[str, Any] = {
 }  # fmt: skip
 # What a launch may have beside causal padded batches, and the tensor that comes with it.
 _FEATURES = {
-    "window": "", "softcap": "", "dropout": "", "weights": "", "sinks": "sinks", "slopes": "scores.slope",
-    "row_mask": "row_mask", "packed": "sequences.tiles", "dw": "dw",
+    **dict.fromkeys(Reach._fields, ""), "softcap": "", "dropout": "", "weights": "", "sinks": "sinks",
+    "slopes": "scores.slope", "row_mask": "row_mask", "packed": "sequences.tiles", "dw": "dw",
 }  # fmt: skip
 # Feature sets of models and of training; "all" is every one at once, "lean" not even a causal mask, "off" no mass.
 VARIANTS = {
@@ -110,11 +111,13 @@ def _features(case: Case, extra: set[str]) -> Features:
     groups = 0 if case.variant == "off" or (not on and case.table != "rows") else case.groups
     v = case.table != "rows" and case.kernel != "row_mass_combine_kernel"
     block = head_block(case.head_dim)
+    reach = Reach(**dict.fromkeys(extra & set(Reach._fields), 1))
     return Features(
         head_dim=case.head_dim, head_dim_v=case.head_dim, block_d=block, block_dv=block if v else 1,
         block_m=case.launch.block_m, block_n=case.launch.block_n, groups=groups,
         groups_pad=next_power_of_2(max(1, groups)), precision="ieee" if case.dtype == "fp32" else "tf32",
-        causal=on, starts=on, ends=on, v=v, dlse=on, dq=True, dk=True, **dict.fromkeys(extra, True),
+        causal=on, reach=reach, starts=on, ends=on, v=v, dlse=on, dq=True, dk=True,
+        **dict.fromkeys(extra - set(Reach._fields), True),
     )  # fmt: skip
 
 
@@ -160,14 +163,20 @@ def _source(case: Case) -> ASTSource:
             attributes[path] = [["tt.divisibility", 16]]
         return "i64" if full == "dropout.seed" else "i32"
 
+    def of_tuple(name: str, kind: Any, path: tuple[int, ...]) -> Any:
+        types = (
+            of_tuple(name, Reach, (*path, at)) if field == "reach" else of_type(name, field, (*path, at))
+            for at, field in enumerate(kind._fields)
+        )
+        return kind(*types)
+
     signature: dict[str, Any] = {}
     tuples = _TUPLES | {"shape": RowShape if case.table == "rows" else Shape}
     for index, name in enumerate(kernel.arg_names):
         if name == "F":
             signature[name] = constant((index,), chosen)
         elif name in tuples:
-            types = (of_type(name, field, (index, at)) for at, field in enumerate(tuples[name]._fields))
-            signature[name] = tuples[name](*types)
+            signature[name] = of_tuple(name, tuples[name], (index,))
         else:
             signature[name] = of_type(name, "", (index,))
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -21,6 +21,7 @@ from abft_kernels import (
     validation,
 )
 from abft_kernels.call import Call, pack
+from abft_kernels.masking import Reach
 
 BACKENDS = ["triton", "torch"]
 # The function that the backward operator calls.
@@ -65,7 +66,7 @@ def _arguments(name, device, backend):
         slopes=None if slopes is None else slopes.float().expand(heads[0].shape[0], -1).contiguous(),
         starts=starts, ends=ends,
         row_mask=given["row_mask"].to(torch.uint8) if "row_mask" in given else None,
-        num_groups=2, scale=0.25, window=case.window or 0, softcap=case.softcap or 0.0, packed=case.has("packed"),
+        num_groups=2, scale=0.25, reach=Reach(case.window or 0), softcap=case.softcap or 0.0, packed=case.has("packed"),
         dropout_p=given.get("dropout_p", 0.0), seed=given.get("dropout_seed", 0),
     )  # fmt: skip
     if case.rows:
@@ -253,7 +254,7 @@ def test_the_schema_is_written_from_the_fields():
     source = Path(call.__file__).read_text()
     fields = {
         "    row_mask: ": "    chosen: Tensor | None = None\n",
-        "    packed: ": "    chunk: int = 7\n    late: bool = True\n",
+        "    packed: ": "    early: int = 7\n    late: bool = True\n",
     }
     for before, field in fields.items():
         assert source.count(before) == 1
@@ -263,7 +264,7 @@ def test_the_schema_is_written_from_the_fields():
     exec(source.replace("from __future__ import annotations", ""), namespace.__dict__)
     assert "Tensor? chosen" in namespace.SCHEMA
     assert namespace.PACKED_ARGUMENTS == call.PACKED_ARGUMENTS + 1
-    made = namespace.Call(chosen=torch.ones(1), chunk=3, late=False, scale=0.5)
+    made = namespace.Call(chosen=torch.ones(1), early=3, late=False, scale=0.5)
     packed = namespace.pack(made)
     assert len(packed) == namespace.PACKED_ARGUMENTS
     assert namespace.unpack(packed) == made

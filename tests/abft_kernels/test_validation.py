@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from abft_kernels import attention, available_backends, mass_attention, merge_masses, row_mass
+from abft_kernels.masking import Reach
 from abft_kernels.triton import launch
 from abft_kernels.triton.launch import launch_config, row_splits, widest_head_tile
 from abft_kernels.triton.launch_table import ARCHITECTURES
@@ -60,8 +61,9 @@ def _arguments(**changes):
         ({"row_positions": torch.zeros(B, 1, dtype=torch.long), "q": torch.randn(B, H, 3, D)}, ValueError,
          "a row before position 3, but q holds only the positions from 3"),
         ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, reference, got 'cuda'"),
-        ({"window": 0}, ValueError, "window must be an int ≥ 1 .* got 0"),
-        ({"window": 3, "causal": False}, ValueError, "window=3 needs causal=True"),
+        *(({limit: 0}, ValueError, f"{limit} must be an int ≥ 1 .* got 0") for limit in Reach._fields),
+        *(({limit: 2.0}, ValueError, f"{limit} must be an int ≥ 1 .* got 2.0") for limit in Reach._fields),
+        *(({limit: 3, "causal": False}, ValueError, f"{limit}=3 needs causal=True") for limit in Reach._fields),
         ({"softcap": 0.0}, ValueError, "softcap must be a finite number > 0 or None, got 0.0"),
         ({"sinks": torch.zeros(H_KV)}, ValueError, r"sinks must be .* \(heads,\) = \(4,\), got \(2,\)"),
         ({"sinks": torch.zeros(H, device="meta")}, ValueError, "sinks is on meta but the queries are on cpu"),
