@@ -1,8 +1,4 @@
-"""What the kernel tests share: cases told by their ids, inputs, and the error criterion.
-
-A case is its id: `B2-H4:2-N111x63-D60-G2-bf16-causal-left-bnhd-oml` has 4 query heads over 2 KV heads, 111 queries on
-63 keys, left padding, inputs in flash-attn's (B, N, H, D) layout, and incoming gradients of out, mass and lse. Features
-are named: `w20` a window, `c2.5` a soft cap, `V48` values of another head_dim, and those of `FEATURES`.
+"""What the kernel tests share: the inputs of a case, and the error criterion.
 
 The criterion: our error is at most twice that of plain PyTorch in the same precision. Both are taken against the
 oracle in float64 on the same rounded inputs, as the largest absolute and as the relative Frobenius error.
@@ -12,90 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from kernel_cases import DTYPES, Case
 from torch import Tensor
 
 from abft_kernels import mass_attention, mass_attention_reference, row_mass
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-_PADDING = ("left", "right", "empty")
-_LAYOUTS = ("bnhd", "sliced", "strided", "expanded")
-# sinks; alibi: slopes; packed: `batch` sequences in one; drop: dropout by a seed; wanted: a mask of rows; weighted: key
-# weights in place of groups; shard: the keys are part of more, the queries stand before, in and after them; alone:
-# mass of all rows without values.
-FEATURES = ("sinks", "alibi", "packed", "drop", "wanted", "weighted", "shard", "alone")
 DRAWS = (1, 8, 64)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One set of shapes and features; `Case.parse` reads an id."""
-
-    batch: int = 1
-    heads: int = 1
-    kv_heads: int = 1
-    n_q: int = 1
-    n_k: int = 1
-    rows: int = 0  # of the row op; 0 for the fused op
-    head_dim: int = 16
-    groups: int = 2
-    dtype: str = "fp32"
-    causal: bool = True
-    padding: str | None = None  # "empty": right padding with a sample of no token
-    layout: str = "bhnd"
-    scale: float | None = None
-    grads: str = "oml"  # of out, mass, lse; "O" is an expanded gradient (stride 0)
-    window: int | None = None
-    softcap: float | None = None
-    value_dim: int | None = None
-    features: frozenset[str] = frozenset()
-
-    def has(self, feature: str) -> bool:
-        return feature in self.features
-
-    @property
-    def plain(self) -> bool:
-        """Whether PyTorch's attention computes the output."""
-        special = self.features & {"sinks", "alibi", "drop", "shard", "alone"}
-        return not (self.rows or self.window or self.softcap or special)
-
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        values: dict[str, Any] = {}
-        for part in re.split(r"(?<!-s)-", text):
-            if found := re.fullmatch(r"H(\d+)(?::(\d+))?", part):
-                values["heads"], values["kv_heads"] = int(found[1]), int(found[2] or found[1])
-            elif found := re.fullmatch(r"N(\d+)(?:x(\d+))?", part):
-                values["n_q"], values["n_k"] = int(found[1]), int(found[2] or found[1])
-            elif found := re.fullmatch(r"([BRDGVw])(\d+)", part):
-                name = {"B": "batch", "R": "rows", "D": "head_dim", "G": "groups", "V": "value_dim", "w": "window"}[
-                    found[1]
-                ]
-                values[name] = int(found[2])
-            elif found := re.fullmatch(r"s(-?\d+\.\d+)", part):
-                values["scale"] = float(found[1])
-            elif found := re.fullmatch(r"c(\d+\.\d+)", part):
-                values["softcap"] = float(found[1])
-            elif part in FEATURES:
-                values["features"] = values.get("features", frozenset()) | {part}
-            elif part in DTYPES:
-                values["dtype"] = part
-            elif part in ("causal", "full"):
-                values["causal"] = part == "causal"
-            elif part in _PADDING:
-                values["padding"] = part
-            elif part in _LAYOUTS:
-                values["layout"] = part
-            elif re.fullmatch(r"[oOml]+", part):
-                values["grads"] = part
-            else:
-                raise ValueError(f"{part!r} in {text!r} says nothing")
-        return cls(**values)
 
 
 @dataclass
@@ -176,8 +99,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         arguments["row_positions"] = positions
     wide = torch.promote_types(dtype, torch.float32)
     extras = {}
-    if case.window:
-        arguments["window"] = case.window
+    arguments |= case.reach
     if case.softcap:
         arguments["softcap"] = case.softcap
     if case.has("sinks"):

@@ -66,7 +66,7 @@ def _arguments(name, device, backend):
         slopes=None if slopes is None else slopes.float().expand(heads[0].shape[0], -1).contiguous(),
         starts=starts, ends=ends,
         row_mask=given["row_mask"].to(torch.uint8) if "row_mask" in given else None,
-        num_groups=2, scale=0.25, reach=Reach(case.window or 0), softcap=case.softcap or 0.0, packed=case.has("packed"),
+        num_groups=2, scale=0.25, reach=Reach(**case.reach), softcap=case.softcap or 0.0, packed=case.has("packed"),
         dropout_p=given.get("dropout_p", 0.0), seed=given.get("dropout_seed", 0),
     )  # fmt: skip
     if case.rows:
