@@ -13,7 +13,17 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-__all__ = ["LIMITS", "Keywords", "Masking", "Reach", "Sequences", "check_masking", "check_sequences", "values_readable"]
+__all__ = [
+    "LIMITS",
+    "Keywords",
+    "Masking",
+    "Reach",
+    "SeenKeys",
+    "Sequences",
+    "check_masking",
+    "check_sequences",
+    "values_readable",
+]
 
 
 class Masking(NamedTuple):
@@ -50,6 +60,16 @@ class Keywords(TypedDict, total=False):
     cu_seqlens: Tensor | None
     key_offset: int | None
     query_offset: int | None
+
+
+class SeenKeys(NamedTuple):
+    """The keywords that say which keys of all, no shard, each row sees."""
+
+    causal: bool = True
+    window: int | None = None
+    seq_lens: Tensor | None = None
+    seq_starts: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
 
 class Reach(NamedTuple):

@@ -93,7 +93,7 @@ def _attention_forward(
     bounds = _bounds(module, attention_mask, layout, is_causal, key.shape[2], kwargs).to(query.device)
     context = None if mass_collector is None else mass_collector.context
     if context is not None:
-        bounds = _bounds_over_processes(module, bounds, kwargs)
+        bounds = _bounds_over_processes(module, attention_mask, bounds, kwargs)
     sinks = kwargs.get("s_aux", kwargs.get("sinks"))
     scores = {
         "scale": scaling,
@@ -143,11 +143,14 @@ def _bounds(
     return bounds
 
 
-def _bounds_over_processes(module: nn.Module, bounds: Bounds, kwargs: dict[str, Any]) -> Bounds:
+def _bounds_over_processes(module: nn.Module, mask: Any, bounds: Bounds, kwargs: dict[str, Any]) -> Bounds:
     """Return the bounds in the whole context: the mask was made of this process's tokens."""
     if bounds.seq_lens is not None or bounds.cu_seqlens is not None:
         raise _unsupported(module, "padding or packed prompts in a context spread over processes")
-    return bounds._replace(window=kwargs.get("sliding_window"))
+    window, size = kwargs.get("sliding_window"), mask.local_size if isinstance(mask, LayerMask) else None
+    if size is not None and size != window:
+        raise _unsupported(module, f"a local mask of {size} tokens, no window, in a context spread over processes")
+    return bounds._replace(window=window)
 
 
 def _check_arguments(module: nn.Module, scaling: float | None, momentum: float | None, kwargs: dict[str, Any]) -> None:

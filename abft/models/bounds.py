@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from abft_kernels.masking import SeenKeys
 
 __all__ = ["Bounds", "token_mask"]
 
@@ -17,22 +19,16 @@ def token_mask(seq_lens: Tensor, seq_starts: Tensor | None, length: int) -> Tens
     return (positions >= starts[:, None]) & (positions < (starts + seq_lens)[:, None])
 
 
-class Bounds(NamedTuple):
+class Bounds(SeenKeys):
     """The keys that each row sees, under the names of the kernels' keywords: `attention(q, k, v, **bounds._asdict())`.
 
-    Args:
-        causal: a row sees no key after its own position.
-        window: a row sees its last `window` keys only, its own included.
+    Args, where they differ from :func:`abft_kernels.mass_attention`:
         seq_lens: `(B,)` int32, tokens of each padded sample; None for all N.
         seq_starts: `(B,)` int32, first token of each sample, for left padding; None for 0.
         cu_seqlens: `(S + 1,)` int32, bounds of S packed sequences (batch size 1).
     """
 
-    causal: bool = True
-    window: int | None = None
-    seq_lens: Tensor | None = None
-    seq_starts: Tensor | None = None
-    cu_seqlens: Tensor | None = None
+    __slots__ = ()
 
     def tokens(self, length: int) -> Tensor | None:
         """Return the padding mask `(B, length)`, bool, True at tokens; None without padding."""

@@ -67,7 +67,7 @@ class LayerMask:
         batch_size: B.
         rows: positions of the queries.
         keys: positions of the keys; those before them a cache has dropped.
-        window: size of the window that transformers names for this kind of layer.
+        local_size: what transformers names for this kind of layer: the size of its windows or chunks.
         device: of the model's tensors.
     """
 
@@ -78,13 +78,14 @@ class LayerMask:
         batch_size: int,
         rows: range,
         keys: range,
-        window: int | None,
+        local_size: int | None,
         device: torch.device | None,
     ) -> None:
         self._function, self._padding, self._batch_size = function, padding, batch_size
         self._rows, self._keys, self._device = rows, keys, device
-        bites = window is not None and window < keys.stop
-        self._candidates = (_Pattern(), _Pattern(window=window)) if bites else (_Pattern(),)
+        bites = local_size is not None and local_size < keys.stop
+        self._candidates = (_Pattern(), _Pattern(window=local_size)) if bites else (_Pattern(),)
+        self.local_size = local_size
         self._everywhere: Bounds | None = None  # by a function of numbers alone
         self._read: Bounds | None = None  # without a layout
 

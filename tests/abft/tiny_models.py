@@ -81,6 +81,8 @@ SERVED: dict[str, tuple[str, str]] = {
     "deepseek_v3": ("DeepSeek-V3", "latent attention (MLA): keys and values differ in width"),
 }
 
+# Kinds whose layers, some or all, see a part of their sequence in a way of their own.
+LOCAL = ("mistral_window", "gemma3")
 # transformers computes soft caps and sinks in its eager attention only.
 _EAGER = ("gemma2", "gpt_oss")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from parity import batch_of
-from tiny_models import CONFIGS, packed, padded, random_prompts
+from tiny_models import CONFIGS, LOCAL, packed, padded, random_prompts
 
 from abft.evaluation.classification import label_logits
 from abft.models.attention import ATTENTION
@@ -15,7 +15,7 @@ from abft.training.config import ABFTConfig
 from abft.training.objectives.objective_registry import objective_of
 from abft_kernels import functional
 
-KINDS = ["llama", "gpt2", "mistral_window", "gemma3"]
+KINDS = ["llama", "gpt2", *LOCAL]
 
 
 @pytest.fixture(autouse=True)
