@@ -31,7 +31,7 @@ def is_plain(n_q: int, n_k: int, call: Call, seeded: bool) -> bool:
         value = getattr(call, name)
         if value is not plain and (isinstance(value, Tensor) or value != plain):
             return False
-    limited = any(limit and limit < n_k for limit in call.reach)
+    limited = 0 < call.reach.window < n_k or any(call.reach._replace(window=0))
     return not limited and call.row_offset == n_k - n_q and not (call.dropout_p and seeded)
 
 
