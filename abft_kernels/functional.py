@@ -121,6 +121,7 @@ def row_mass(
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -154,7 +155,8 @@ def row_mass(
         ValueError, TypeError, NotImplementedError: as :func:`mass_attention`.
     """
     masking = Masking(
-        causal, scale, window, softcap, sinks, alibi_slopes, seq_lens, seq_starts, cu_seqlens, key_offset, query_offset
+        *(causal, scale, window, chunk, softcap, sinks, alibi_slopes),
+        *(seq_lens, seq_starts, cu_seqlens, key_offset, query_offset),
     )
     few = row_positions is not None
     q_rows, masking = _with_positive_scale(q_rows, masking)
@@ -183,6 +185,7 @@ def attention(
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -204,7 +207,8 @@ def attention(
         ValueError, TypeError, NotImplementedError: as :func:`mass_attention`.
     """
     masking = Masking(
-        causal, scale, window, softcap, sinks, alibi_slopes, seq_lens, seq_starts, cu_seqlens, key_offset, query_offset
+        *(causal, scale, window, chunk, softcap, sinks, alibi_slopes),
+        *(seq_lens, seq_starts, cu_seqlens, key_offset, query_offset),
     )
     q, masking = _with_positive_scale(q, masking)
     call, _ = make_call({"q": q, "k": k, "v": v}, None, masking, Output(None, dropout_p, dropout_seed))
@@ -258,6 +262,7 @@ def mass_attention(
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -294,6 +299,8 @@ def mass_attention(
         causal: mask keys after the row's position.
         scale: factor on the scores; `1/sqrt(D)` if None.
         window: a row sees its last `window` keys only, its own included; needs `causal`.
+        chunk: a row sees the keys of its own chunk only, up to itself; needs `causal`. Chunks of `chunk` keys are
+            counted from the first token of each sequence, in shards from that of all keys. With `window` both hold.
         softcap: scores become `softcap·tanh(score / softcap)`.
         sinks: a score per head `(H,)` that joins the denominator and carries no mass; differentiable.
         alibi_slopes: `(H,)` or `(B, H)`: scores lose slope·|row − key|. No gradient.
@@ -326,7 +333,8 @@ def mass_attention(
         NotImplementedError: the chosen backend cannot run this; the message names one that can.
     """
     masking = Masking(
-        causal, scale, window, softcap, sinks, alibi_slopes, seq_lens, seq_starts, cu_seqlens, key_offset, query_offset
+        *(causal, scale, window, chunk, softcap, sinks, alibi_slopes),
+        *(seq_lens, seq_starts, cu_seqlens, key_offset, query_offset),
     )
     q, masking = _with_positive_scale(q, masking)
     output = Output(row_mask, dropout_p, dropout_seed)

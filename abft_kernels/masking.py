@@ -32,6 +32,7 @@ class Masking(NamedTuple):
     causal: bool = True
     scale: float | None = None
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
     alibi_slopes: Tensor | None = None
@@ -52,6 +53,7 @@ class Keywords(TypedDict, total=False):
     causal: bool
     scale: float | None
     window: int | None
+    chunk: int | None
     softcap: float | None
     sinks: Tensor | None
     alibi_slopes: Tensor | None
@@ -67,6 +69,7 @@ class SeenKeys(NamedTuple):
 
     causal: bool = True
     window: int | None = None
+    chunk: int | None = None
     seq_lens: Tensor | None = None
     seq_starts: Tensor | None = None
     cu_seqlens: Tensor | None = None
@@ -76,10 +79,18 @@ class Reach(NamedTuple):
     """How far back a row sees, as keywords of the same names limit it; 0: no limit."""
 
     window: int = 0  # keys that a row sees, its own included
+    chunk: int = 0  # keys of a chunk; a row sees those of its own
 
 
 # What errors call each limit, and why it needs the causal mask.
-LIMITS = {"window": ("keys that a row sees, its own included", "it ends at the row's own position")}
+LIMITS = {
+    "window": ("keys that a row sees, its own included", "it ends at the row's own position"),
+    "chunk": (
+        "keys of a chunk, of which a row sees its own",
+        "rows see their chunk up to their own position",
+    ),
+}
+_LAST_POSITION = 2**31 - 1  # positions are int32 in the kernels
 
 
 class Sequences(NamedTuple):
@@ -112,7 +123,8 @@ def check_masking(masking: Masking, q: Tensor) -> dict[str, float | bool | Tenso
     }
 
 
-def _check_reach(masking: Masking) -> Reach:
+def _check_reach(masking: Masking, n_k: int) -> Reach:
+    """Return the limits; a chunk that covers all keys is none."""
     limits = {name: getattr(masking, name) for name in Reach._fields}
     for name, limit in limits.items():
         if limit is None:
@@ -122,7 +134,9 @@ def _check_reach(masking: Masking) -> Reach:
             raise ValueError(f"{name} must be an int ≥ 1 ({meaning}) or None, got {limit!r}")
         if not masking.causal:
             raise ValueError(f"{name}={limit} needs causal=True: {reason}")
-    return Reach(**{name: limit or 0 for name, limit in limits.items()})
+    reach = Reach(**{name: limit or 0 for name, limit in limits.items()})
+    covers_all = reach.chunk >= (_LAST_POSITION if masking.sharded else n_k)
+    return reach._replace(chunk=0) if covers_all else reach
 
 
 def _check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
@@ -156,7 +170,7 @@ def _check_slopes(slopes: Tensor | None, q: Tensor) -> Tensor | None:
 
 def check_sequences(masking: Masking, q: Tensor, n_q: int | None, n_k: int) -> Sequences:
     """Return the sequences among the keys; `n_q` None: the rows of q have positions of their own."""
-    reach = _check_reach(masking)
+    reach = _check_reach(masking, n_k)
     if masking.cu_seqlens is not None:
         starts, ends = _check_packed(masking, masking.cu_seqlens, n_q, n_k)
         return Sequences(starts.shape[0], reach, starts, ends)
@@ -164,6 +178,9 @@ def check_sequences(masking: Masking, q: Tensor, n_q: int | None, n_k: int) -> S
         return Sequences(q.shape[0], reach, *_check_padded(masking, masking.seq_lens, q.shape[0], n_q, n_k))
     if masking.seq_starts is not None:
         raise ValueError("seq_starts needs seq_lens: pass the number of tokens of each sample too")
+    if reach.chunk and masking.key_offset:  # chunks are counted from position 0 of all keys
+        first = torch.full((q.shape[0],), -masking.key_offset, dtype=torch.int32, device=q.device)
+        return Sequences(q.shape[0], reach, first)
     return Sequences(q.shape[0], reach)
 
 

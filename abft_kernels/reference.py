@@ -39,6 +39,7 @@ def _interval(positions: Tensor, present: Tensor, n_k: int, masking: Masking) ->
         start, end = (x.long()[:, None].expand_as(positions) for x in (start, start + seq_lens))
     else:
         start, end = torch.full_like(positions, offset), torch.full_like(positions, offset + n_k)
+    first = torch.zeros_like(start) if cu_seqlens is None and seq_lens is None else start
     if cu_seqlens is not None or seq_lens is not None:
         present = present & (positions >= start) & (positions < end)
     end = torch.where(present, end, start)
@@ -46,6 +47,10 @@ def _interval(positions: Tensor, present: Tensor, n_k: int, masking: Masking) ->
         end = torch.minimum(end, positions + 1)
     if masking.window is not None:
         start = torch.maximum(start, positions - masking.window + 1)
+    if masking.chunk is not None:
+        number = torch.div(positions - first, masking.chunk, rounding_mode="floor")
+        start = torch.maximum(start, first + number * masking.chunk)
+        end = torch.minimum(end, first + (number + 1) * masking.chunk)
     return start, end
 
 

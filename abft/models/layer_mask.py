@@ -4,20 +4,21 @@ transformers describes a mask by a function of (sample, head, row, key) and a 2-
 unread in a `LayerMask`, which each attention layer asks for its `Bounds`:
 
 - A pass that knows its layout (`seq_lens` or `cu_seqlens`) hands it over: then the padding mask is never read.
-- A mask function that closes over numbers alone is recognised on the CPU, so that no GPU stream is stalled.
+- A mask function that closes over numbers alone is recognised on the CPU, so that no GPU stream is stalled. So are
+  transformers' chunks: the tensor of left padding in them says what the layout says.
 - Only a padding mask without a layout, or a function that closes over tensors, is read from the device, once a pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import FunctionType
-from typing import Any, NamedTuple
+from types import CellType, FunctionType
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import causal_mask_function, chunked_overlay
 
 from abft.models.bounds import Bounds, token_mask
 
@@ -25,9 +26,11 @@ __all__ = ["LayerMask", "layer_mask"]
 
 MaskFunction = Callable[..., Any]
 
+_CHUNKS = chunked_overlay(1, torch.zeros(1)).__code__
+
 _NOT_SERVED = (
-    "the 'abft' attention serves causal masks with padding, a sliding window or packed sequences; this model or batch "
-    "asks for another one (chunks, bidirectional blocks, several samples packed by position_ids). Pass an "
+    "the 'abft' attention serves causal masks with padding, a sliding window, chunks or packed sequences; this model "
+    "or batch asks for another one (bidirectional blocks, several samples packed by position_ids). Pass an "
     "attention_mask to have position_ids taken as padding, or use attn_implementation='sdpa'"
 )
 
@@ -36,9 +39,12 @@ class _Pattern(NamedTuple):
     """A kind of causal mask that the kernels compute: a row sees a run of keys that ends at its own position."""
 
     window: int | None = None
+    chunk: int | None = None
 
     def first_key(self, rows: Tensor, starts: Tensor) -> Tensor:
         """Return the first key that each row sees of a sequence that begins at `starts`."""
+        if self.chunk is not None:
+            return torch.maximum(starts, rows - (rows - starts) % self.chunk)
         return starts if self.window is None else torch.maximum(starts, rows - (self.window - 1))
 
 
@@ -81,10 +87,13 @@ class LayerMask:
         local_size: int | None,
         device: torch.device | None,
     ) -> None:
-        self._function, self._padding, self._batch_size = function, padding, batch_size
+        # Where a cache has dropped keys, a layout tells no longer where the chunks of a sample begin.
+        self._function = function if keys.start else _without_left_padding(function)
+        self._padding, self._batch_size = padding, batch_size
         self._rows, self._keys, self._device = rows, keys, device
         bites = local_size is not None and local_size < keys.stop
-        self._candidates = (_Pattern(), _Pattern(window=local_size)) if bites else (_Pattern(),)
+        of_size = (_Pattern(window=local_size), _Pattern(chunk=local_size)) if bites else ()
+        self._candidates = (_Pattern(), *of_size)
         self.local_size = local_size
         self._everywhere: Bounds | None = None  # by a function of numbers alone
         self._read: Bounds | None = None  # without a layout
@@ -129,14 +138,14 @@ class LayerMask:
             if layout.seq_lens is not None or layout.cu_seqlens is not None:
                 raise NotImplementedError(_NOT_SERVED)
             return self._everywhere.to(self._device or torch.device("cpu"))
-        return layout._replace(window=self._everywhere.window)
+        return layout._replace(window=self._everywhere.window, chunk=self._everywhere.chunk)
 
     def _recognised(self, layout: Bounds, device: torch.device | None) -> Bounds:
         """Return the layout with the window or the packed sequences of the mask function, evaluated on `device`."""
         span = self._span(layout, device)
         for pattern in self._candidates:
             if _agrees(self._function, pattern, span):
-                return layout._replace(window=pattern.window)
+                return layout._replace(**pattern._asdict())
         alone = layout.seq_lens is None and layout.cu_seqlens is None and self._batch_size == 1
         if alone and self._rows == self._keys and len(self._rows) > 1:
             firsts = _first_tokens(self._function, span)
@@ -144,7 +153,7 @@ class LayerMask:
             for pattern in self._candidates:
                 if _agrees(self._function, pattern, span):
                     cu_seqlens = torch.cat([firsts, span.high[0]]).to(torch.int32)
-                    return layout._replace(cu_seqlens=cu_seqlens, window=pattern.window)
+                    return layout._replace(cu_seqlens=cu_seqlens, **pattern._asdict())
         raise NotImplementedError(_NOT_SERVED)
 
     def _span(self, layout: Bounds, device: torch.device | None) -> _Span:
@@ -212,6 +221,34 @@ def _read_padding(padding: Tensor | None, length: int) -> Bounds:
     return Bounds(seq_lens=lengths, seq_starts=starts if any(on_host[1]) else None)
 
 
+class _NoPadding:
+    """The left padding of every sample where positions are counted from its first token: 0."""
+
+    def __getitem__(self, samples: Any) -> int:
+        return 0
+
+
+def _without_left_padding(value: Any) -> Any:
+    """Return a mask function whose chunks, also of functions that it calls by its closure, begin at position 0.
+
+    `chunked_overlay` holds a tensor of left padding, which reading on the host would stall a GPU's stream.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(_without_left_padding, value))
+    if not isinstance(value, FunctionType) or not value.__closure__:
+        return value
+    held = [cell.cell_contents for cell in value.__closure__]
+    if value.__code__ is _CHUNKS:
+        return chunked_overlay(
+            dict(zip(_CHUNKS.co_freevars, held, strict=True))["chunk_size"], cast(Tensor, _NoPadding())
+        )
+    kept = [_without_left_padding(each) for each in held]
+    if all(new is old for new, old in zip(kept, held, strict=True)):
+        return value
+    closure = tuple(map(CellType, kept))
+    return FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+
+
 def _closes_over_numbers(value: Any) -> bool:
     """Return True if a mask function, and each function that it calls by its closure, holds numbers and no tensors."""
     if isinstance(value, FunctionType):
@@ -219,7 +256,7 @@ def _closes_over_numbers(value: Any) -> bool:
         return all(map(_closes_over_numbers, held))
     if isinstance(value, tuple):
         return all(map(_closes_over_numbers, value))
-    return value is None or isinstance(value, (bool, int, float))
+    return value is None or isinstance(value, (bool, int, float, _NoPadding))
 
 
 def _agrees(function: MaskFunction, pattern: _Pattern, span: _Span) -> bool:

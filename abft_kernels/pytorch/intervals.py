@@ -72,4 +72,7 @@ def key_interval(positions: Tensor, call: Call, n_k: int, start: Tensor | None, 
     if call.reach.window:
         first = positions - (call.reach.window - 1)
         low = first if low is None else torch.maximum(low, first)
+    if call.reach.chunk:
+        first = positions - (positions if start is None else positions - start) % call.reach.chunk
+        low = first if low is None else torch.maximum(low, first)
     return Interval(None if low is None else low.clamp(min=0).expand_as(positions), high)

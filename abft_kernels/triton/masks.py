@@ -2,7 +2,7 @@
 
 With r the row's position and start, end the bounds of its sequence,
 
-    max(start, r − window + 1) ≤ j < min(end, r + 1)
+    max(start, r − window + 1, r − (r − start) mod chunk) ≤ j < min(end, r + 1)
 
 each bound where it is asked for. Both bounds grow with r: rows r₀ … r₁ together see the keys from the lower bound of
 r₀ to the upper bound of r₁, and all of them see those from the lower bound of r₁ to the upper bound of r₀. Everything
@@ -61,6 +61,8 @@ def row_interval(rows, keys, F: tl.constexpr):
         hi = tl.minimum(keys.end, rows + 1)
     if F.reach.window:
         lo = tl.maximum(keys.start, rows - keys.reach.window + 1)
+    if F.reach.chunk:
+        lo = tl.maximum(lo, rows - _place_in_chunk(rows, keys))
     return lo, hi
 
 
@@ -73,7 +75,16 @@ def key_interval(key, keys, queries, F: tl.constexpr):
         lo = tl.maximum(queries.first, key - queries.offset)
     if F.reach.window:
         hi = tl.minimum(queries.limit, key + keys.reach.window - queries.offset)
+    if F.reach.chunk:  # the difference first: a sum with a large chunk would overflow
+        row = key - queries.offset
+        hi = row + tl.minimum(hi - row, keys.reach.chunk - _place_in_chunk(key, keys))
     return lo, hi
+
+
+@triton.jit
+def _place_in_chunk(positions, keys):
+    """Return how many keys of its chunk come before each position; 0 before the sequence, where no key is seen."""
+    return tl.maximum(positions - keys.origin, 0) % keys.reach.chunk
 
 
 @triton.jit
@@ -120,7 +131,7 @@ def key_reach(rows, present, keys, F: tl.constexpr):
     """Return the first and one past the last key that any of the present rows sees."""
     lo, hi = row_interval(rows, keys, F)
     hi = tl.max(tl.where(present, hi, keys.start), 0)
-    if F.reach.window:
+    if F.reach.window or F.reach.chunk:
         lo = tl.min(tl.where(present, lo, keys.end), 0)
     return lo, hi
 

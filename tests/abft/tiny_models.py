@@ -50,6 +50,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "qk_nope_head_dim": 8, "v_head_dim": 12, "head_dim": 8, "first_k_dense_replace": 2, "n_routed_experts": 2,
         "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1,
     }),
+    "llama4": ("Llama4TextConfig", {
+        **_LLAMA, "head_dim": 8, "intermediate_size_mlp": 48, "attention_chunk_size": 6, "no_rope_layers": [1, 0],
+        "num_local_experts": 2, "interleave_moe_layer_step": 2,
+    }),
     "gpt_neox": ("GPTNeoXConfig", dict(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
@@ -77,12 +81,13 @@ SERVED: dict[str, tuple[str, str]] = {
     "granite": ("Granite", "scale of its own"),
     "starcoder2": ("StarCoder2", "window"),
     "smollm3": ("SmolLM3", "layers without positions"),
+    "llama4": ("Llama 4 (text)", "chunks; layers without positions; mixture of experts"),
     "gpt_oss": ("gpt-oss", "sinks; window; mixture of experts"),
     "deepseek_v3": ("DeepSeek-V3", "latent attention (MLA): keys and values differ in width"),
 }
 
 # Kinds whose layers, some or all, see a part of their sequence in a way of their own.
-LOCAL = ("mistral_window", "gemma3")
+LOCAL = ("mistral_window", "gemma3", "llama4")
 # transformers computes soft caps and sinks in its eager attention only.
 _EAGER = ("gemma2", "gpt_oss")
 

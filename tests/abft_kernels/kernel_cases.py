@@ -2,7 +2,7 @@
 
 A case is its id: `B2-H4:2-N111x63-D60-G2-bf16-causal-left-bnhd-oml` has 4 query heads over 2 KV heads, 111 queries on
 63 keys, left padding, inputs in flash-attn's (B, N, H, D) layout, and incoming gradients of out, mass and lse. Features
-are named: `w20` a window, `c2.5` a soft cap, `V48` values of another head_dim, and those of `FEATURES`.
+are named: `w20` a window, `k24` chunks, `c2.5` a soft cap, `V48` values of another head_dim, and those of `FEATURES`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from abft_kernels.masking import Reach
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-_NUMBERS = {"B": "batch", "R": "rows", "D": "head_dim", "G": "groups", "V": "value_dim", "w": "window"}
+_NUMBERS = {"B": "batch", "R": "rows", "D": "head_dim", "G": "groups", "V": "value_dim", "w": "window", "k": "chunk"}
 _PADDING = ("left", "right", "empty")
 _LAYOUTS = ("bnhd", "sliced", "strided", "expanded")
 # sinks; alibi: slopes; packed: `batch` sequences in one; drop: dropout by a seed; wanted: a mask of rows; weighted: key
@@ -45,6 +45,7 @@ class Case:
     scale: float | None = None
     grads: str = "oml"  # of out, mass, lse; "O" is an expanded gradient (stride 0)
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     value_dim: int | None = None
     features: frozenset[str] = frozenset()
@@ -71,7 +72,7 @@ class Case:
                 values["heads"], values["kv_heads"] = int(found[1]), int(found[2] or found[1])
             elif found := re.fullmatch(r"N(\d+)(?:x(\d+))?", part):
                 values["n_q"], values["n_k"] = int(found[1]), int(found[2] or found[1])
-            elif found := re.fullmatch(r"([A-Zw])(\d+)", part):
+            elif found := re.fullmatch(r"([A-Zwk])(\d+)", part):
                 values[_NUMBERS[found[1]]] = int(found[2])
             elif found := re.fullmatch(r"s(-?\d+\.\d+)", part):
                 values["scale"] = float(found[1])
@@ -99,6 +100,11 @@ FUSED = {
     "packed": ["B3-H4:2-N130-D64-G2-bf16-causal-packed-oml", "B4-H2-N111-D32-G2-fp32-full-packed-bnhd-oml"],
     "window": ["B2-H4:2-N130-D64-G2-bf16-causal-w20-oml", "B2-H2-N63x130-D32-G2-fp32-causal-w45-left-oml",
                "B3-H2:1-N130-D32-G2-fp32-causal-w17-packed-oml", "B1-H2-N130x63-D32-G2-fp32-causal-w1-oml"],
+    "chunk": ["B2-H4:2-N130-D64-G2-bf16-causal-k24-oml", "B2-H2-N63x130-D32-G2-fp32-causal-k45-left-oml",
+              "B3-H2:1-N130-D32-G2-fp32-causal-k17-packed-oml", "B1-H2-N130x63-D32-G2-fp32-causal-k1-oml",
+              "B1-H2:1-N111-D32-G2-fp32-causal-k40-w13-oml", "B1-H2-N63-D32-G2-fp32-causal-k63-oml",
+              "B2-H2-N111-D32-G2-fp32-causal-k50-shard-oml", "B2-H2-N63x111-D32-G2-bf16-causal-k33-shard-left-w20-oml",
+              "B2-H4:2-N2x300-D64-G2-bf16-causal-k90-left-oml", "B2-H2-N63-D32-G2-fp32-causal-k20-alone-empty-ml"],
     "softcap": ["B2-H4:2-N130-D64-G2-bf16-causal-c2.5-oml", "B1-H2:1-N111-D32-G2-fp32-causal-c0.7-s0.5-w40-oml"],
     "sinks": ["B2-H4:2-N130-D64-G2-bf16-causal-sinks-oml", "B2-H2-N63x111-D32-G2-fp32-causal-sinks-w20-left-oml",
               "B2-H2:1-N130x63-D32-G2-fp32-causal-sinks-empty-ml"],
@@ -126,6 +132,9 @@ ROWS = {
     "packed": ["B3-H4:2-R1-N300-D64-G2-bf16-causal-packed-ml", "B4-H8:1-R7-N150-D32-G2-fp32-causal-packed-ml",
                "B2-H2-R5-N130-D32-G2-fp32-full-packed-bnhd-ml"],
     "window": ["B2-H4:2-R3-N300-D64-G2-bf16-causal-w20-ml", "B2-H8:1-R6-N130-D32-G2-fp32-causal-w45-left-ml"],
+    "chunk": ["B2-H4:2-R3-N300-D64-G2-bf16-causal-k24-ml", "B2-H8:1-R6-N130-D32-G2-fp32-causal-k45-w30-left-ml",
+              "B4-H8:1-R7-N150-D32-G2-fp32-causal-k9-packed-ml", "B2-H4:2-R6-N130-D32-G2-fp32-causal-k50-shard-ml",
+              "B2-H2-R5-N130-D32-G2-fp32-causal-k33-shard-left-ml"],
     "softcap": ["B2-H4:2-R3-N300-D64-G2-bf16-causal-c2.5-ml", "B1-H2-R2-N111-D32-G2-fp32-causal-c0.7-s0.5-ml"],
     "sinks": ["B2-H4:2-R3-N300-D64-G2-bf16-causal-sinks-ml", "B2-H2-R4-N63-D32-G2-fp32-causal-sinks-left-w9-ml"],
     "alibi": ["B2-H4:2-R3-N300-D64-G2-bf16-causal-alibi-ml", "B2-H2-R5-N63-D32-G2-fp32-full-alibi-right-ml"],
@@ -139,6 +148,7 @@ ROWS = {
 }  # fmt: skip
 # Limits that end at a border of tiles or beside it: blocks of keys and rows begin and end by them.
 BORDERS = [f"N130-D16-G2-fp32-causal-oml-w{window}" for window in (1, 2, 31, 32, 33, 34, 63, 65)]
+BORDERS += [f"N130-D16-G2-fp32-causal-oml-k{chunk}" for chunk in (2, 31, 32, 33, 64, 65, 129)]
 
 
 def drawn(most: int, features: tuple[str, ...]):
