@@ -9,6 +9,7 @@ import transformers
 from parity import assert_equal, batch_of, run
 from tiny_models import CONFIGS, tiny
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.masking_utils import and_masks, chunked_causal_mask_function
 
 import abft.models.attention as adapter
 from abft.models.attention import enable
@@ -334,6 +335,33 @@ def test_chunks_that_end_in_the_padding_are_no_matter():
     assert (bounds.seq_lens.tolist(), bounds.seq_starts.tolist()) == ([12, 8], [0, 4])
     layout = Bounds(seq_lens=torch.tensor([12, 8]), seq_starts=torch.tensor([0, 4]))
     assert layer_mask(2, 12, 12, mask_function=chunks).bounds(layout) == layout
+
+
+def test_chunks_are_recognised_without_a_look_at_the_left_padding():
+    """A tensor on "meta" has no values to read."""
+    function = chunked_causal_mask_function(5, torch.zeros(2, dtype=torch.long, device="meta"))
+    layout = Bounds(seq_lens=torch.tensor([12, 9]), seq_starts=torch.tensor([0, 3]))
+    mask = layer_mask(2, 12, 12, mask_function=function, local_size=5)
+    assert mask.bounds(layout) == layout._replace(chunk=5)
+    assert mask.bounds(Bounds()) == Bounds(chunk=5)
+    packed = Bounds(cu_seqlens=torch.tensor([0, 7, 12]))
+    assert layer_mask(1, 12, 12, mask_function=function, local_size=5).bounds(packed) == packed._replace(chunk=5)
+    for strange in (lambda b, h, q, k: k != 7, lambda b, h, q, k: k > q - 3):
+        mask = layer_mask(2, 12, 12, mask_function=and_masks(function, strange), local_size=5)
+        with pytest.raises(NotImplementedError, match=NOT_CAUSAL):
+            mask.bounds(layout)
+
+
+@pytest.mark.parametrize(("padding", "served"), [((0, 0), True), ((5, 0), True), ((0, 3), False)])
+def test_chunks_over_a_cache_that_has_dropped_keys(padding, served):
+    """The last of 15 tokens sees all 5 kept keys if its chunk begins with them."""
+    function = chunked_causal_mask_function(5, torch.tensor(padding))
+    mask = layer_mask(2, 1, 5, q_offset=14, kv_offset=10, mask_function=function, local_size=5)
+    if served:
+        assert mask.bounds() == Bounds()
+    else:
+        with pytest.raises(NotImplementedError, match=NOT_CAUSAL):
+            mask.bounds()
 
 
 def test_rows_after_a_cache():
