@@ -6,7 +6,6 @@ import transformers
 from parity import batch_of
 from tiny_models import CONFIGS, LOCAL, packed, padded, random_prompts
 
-import abft_kernels.triton.launch
 from abft.evaluation.classification import label_logits
 from abft.models.attention import ATTENTION
 from abft.models.masses import forward, forward_with_mass, layer_masses
