@@ -118,7 +118,7 @@ def _load_statistics(statistics, offs_m, CHECKED: tl.constexpr):
 @triton.jit
 def _load_dmass(statistics, g, offs_m, wanted, F: tl.constexpr):
     """Load dmass_g of a tile of rows; that of absent and unwanted rows is 0, whatever came in."""
-    return tl.load(statistics.dmass + offs_m * F.groups + g, mask=wanted, other=0.0)
+    return tl.load(statistics.dmass + offs_m.to(tl.int64) * F.groups + g, mask=wanted, other=0.0)
 
 
 @triton.jit
