@@ -52,23 +52,29 @@ class RowTile(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the backward pass knows of every row, and in a kernel of those of one head: contiguous `(B, H, N_q, …)`."""
+    """What the backward pass knows of every row, contiguous `(B, H, N_q, …)`."""
 
     lse2: Tensor  # LSE in base 2; +inf for absent rows
     delta: Tensor
     dmass: Tensor | None
     row_mask: Tensor | None  # (B, N_q)
-    n_q: int
+
+
+class HeadRows(NamedTuple):
+    """Where the statistics of a head's rows begin, and where its sample's do in `row_mask`."""
+
+    base: tl.tensor
+    sample: tl.tensor
+    n_q: tl.tensor
 
 
 @triton.jit
-def _mass_attn_bwd_preprocess_kernel(out, do, mass, lse, dlse, statistics, heads, num_tiles, F: tl.constexpr):
+def _mass_attn_bwd_preprocess_kernel(out, do, mass, lse, dlse, statistics, heads, n_q, num_tiles, F: tl.constexpr):
     BLOCK_M: tl.constexpr = F.block_m
     BLOCK_DV: tl.constexpr = F.block_dv
     GROUPS: tl.constexpr = F.groups
     at = locate(None, heads, num_tiles, BLOCK_M, False, False)
     offs_m = at.start + tl.arange(0, BLOCK_M)
-    n_q = statistics.n_q
     in_range = offs_m < n_q
     row = at.bh * n_q + offs_m
     delta = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -90,44 +96,31 @@ def _mass_attn_bwd_preprocess_kernel(out, do, mass, lse, dlse, statistics, heads
 
 
 @triton.jit
-def _head_statistics(statistics, b, bh, n_q, F: tl.constexpr):
-    """Return the statistics of one head; a pointer that stands for nothing repeats another."""
-    row_base = bh * n_q
-    lse2 = statistics.lse2 + row_base
-    dmass = lse2
-    row_mask = lse2
-    if F.groups > 0:
-        dmass = statistics.dmass + row_base * F.groups
-    if F.row_mask:
-        row_mask = statistics.row_mask + b * n_q
-    return Statistics(lse2, statistics.delta + row_base, dmass, row_mask, n_q)
-
-
-@triton.jit
-def _load_statistics(statistics, offs_m, CHECKED: tl.constexpr):
+def _load_statistics(statistics, head, offs_m, CHECKED: tl.constexpr):
     """Load LSE in base 2 and δ of a tile of rows."""
     if CHECKED:
-        lse2 = tl.load(statistics.lse2 + offs_m, mask=offs_m < statistics.n_q, other=float("inf"))
-        delta = tl.load(statistics.delta + offs_m, mask=offs_m < statistics.n_q, other=0.0)
+        lse2 = tl.load(statistics.lse2 + head.base + offs_m, mask=offs_m < head.n_q, other=float("inf"))
+        delta = tl.load(statistics.delta + head.base + offs_m, mask=offs_m < head.n_q, other=0.0)
     else:
-        lse2 = tl.load(statistics.lse2 + offs_m)
-        delta = tl.load(statistics.delta + offs_m)
+        lse2 = tl.load(statistics.lse2 + head.base + offs_m)
+        delta = tl.load(statistics.delta + head.base + offs_m)
     return lse2, delta
 
 
 @triton.jit
-def _load_dmass(statistics, g, offs_m, wanted, F: tl.constexpr):
+def _load_dmass(statistics, head, g, offs_m, wanted, F: tl.constexpr):
     """Load dmass_g of a tile of rows; that of absent and unwanted rows is 0, whatever came in."""
-    return tl.load(statistics.dmass + offs_m.to(tl.int64) * F.groups + g, mask=wanted, other=0.0)
+    return tl.load(statistics.dmass + (head.base + offs_m) * F.groups + g, mask=wanted, other=0.0)
 
 
 @triton.jit
-def _wanted_rows(statistics, offs_m, lse2, F: tl.constexpr):
+def _wanted_rows(statistics, head, offs_m, lse2, F: tl.constexpr):
     """Return the rows whose dmass counts, and 0 if there are none (without a mask of rows always 1)."""
-    wanted = (offs_m < statistics.n_q) & (lse2 != float("inf"))
+    wanted = (offs_m < head.n_q) & (lse2 != float("inf"))
     some = 1
     if F.row_mask:
-        wanted = wanted & (tl.load(statistics.row_mask + offs_m, mask=offs_m < statistics.n_q, other=0) != 0)
+        pointers = statistics.row_mask + head.sample + offs_m
+        wanted = wanted & (tl.load(pointers, mask=offs_m < head.n_q, other=0) != 0)
         some = tl.max(wanted.to(tl.int32), 0)
     return wanted, some
 
@@ -143,7 +136,7 @@ def _score_gradient(p, slope, capped, F: tl.constexpr):
 
 @triton.jit
 def _key_block(
-    dk, dv, dw, tile, labels, q_rows, do_rows, statistics, start_m, keys, queries, scores, dropout,
+    dk, dv, dw, tile, labels, q_rows, do_rows, statistics, head, start_m, keys, queries, scores, dropout,
     F: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Return dk, dv and dw of a block of keys after one block of rows; scores are `[BLOCK_N, BLOCK_M]`."""
@@ -155,13 +148,13 @@ def _key_block(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     # Rows that see the whole block are all the sequence's own.
     q = load_tile(q_rows, start_m, offs_m, tl.arange(0, BLOCK_D), queries.first, queries.limit, F.head_dim, MASKED)
-    lse2, delta = _load_statistics(statistics, offs_m, MASKED)
+    lse2, delta = _load_statistics(statistics, head, offs_m, MASKED)
     rows, cols = (offs_m + queries.offset)[None, :], tile.offs[:, None]
     p, capped = probabilities(scores, tile.k, q, rows, cols, lse2[None, :], F)
     if MASKED:
         # Rows of other packed sequences have an LSE of their own.
         own = (offs_m >= queries.first) & (offs_m < queries.limit)
-        p = tl.where(seen_keys(rows, cols, keys, F) & own[None, :], p, 0.0)
+        p = tl.where(seen_keys(rows, cols, keys, F, True) & own[None, :], p, 0.0)
     slope = tl.zeros_like(p) - delta[None, :]
     if F.v:
         offs_dv = tl.arange(0, BLOCK_DV)
@@ -175,10 +168,10 @@ def _key_block(
         dv = matmul(rounded(kept, do.dtype), do, dv, PRECISION)
         slope += dp
     if F.groups > 0:
-        wanted, some = _wanted_rows(statistics, offs_m, lse2, F)
+        wanted, some = _wanted_rows(statistics, head, offs_m, lse2, F)
         if tile.labelled * some != 0:
             for g in tl.static_range(GROUPS):
-                dmass = _load_dmass(statistics, g, offs_m, wanted, F)
+                dmass = _load_dmass(statistics, head, g, offs_m, wanted, F)
                 w = group_weight(g, tile.group, labels, tile.offs, keys, F)
                 slope += w[:, None] * dmass[None, :]
                 if F.dw:
@@ -230,15 +223,15 @@ def _mass_attn_bwd_kv_kernel(
         do_rows = q_rows
         if F.v:
             do_rows = one_head(do, at.b, off_h)
-        of_rows = _head_statistics(statistics, at.b, off_bh, shape.n_q, F)
+        head = HeadRows(off_bh * shape.n_q, at.b * shape.n_q, shape.n_q)
         of_scores, of_dropout = head_scores(scores, off_bh, F), head_dropout(dropout, off_bh)
         for MASKED in tl.static_range(1, -1, -1):
             begin, end = phase_range(phases, MASKED)
-            for block in tl.range(begin, end, F.block_m, num_stages=1 if MASKED else None):
-                start_m = block_start(block, phases, MASKED)
+            for block in tl.range(begin, end, 1 if MASKED else F.block_m, num_stages=1 if MASKED else None):
+                start_m = block_start(block, phases, F.block_m, MASKED)
                 dk_tile, dv_tile, dw_tile = _key_block(
-                    dk_tile, dv_tile, dw_tile, tile, labels, q_rows, do_rows, of_rows, start_m, keys, queries,
-                    of_scores, of_dropout, F, MASKED,
+                    dk_tile, dv_tile, dw_tile, tile, labels, q_rows, do_rows, statistics, head, start_m, keys,
+                    queries, of_scores, of_dropout, F, MASKED,
                 )  # fmt: skip
 
     limit_out = shape.n_k
@@ -257,7 +250,7 @@ def _mass_attn_bwd_kv_kernel(
 
 @triton.jit
 def _row_block(
-    dq, tile, labels, statistics, k_rows, v_rows, start_n, rows, keys, scores, dropout,
+    dq, tile, labels, statistics, head, k_rows, v_rows, start_n, rows, keys, scores, dropout,
     F: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Return dq of a block of rows after one block of keys."""
@@ -271,7 +264,7 @@ def _row_block(
     k = load_tile(k_rows, start_n, offs_n, tl.arange(0, BLOCK_D), keys.start, keys.end, F.head_dim, MASKED)
     p, capped = probabilities(scores, tile.q, k, rows, cols, tile.lse2[:, None], F)
     if MASKED:
-        p = tl.where(seen_keys(rows, cols, keys, F), p, 0.0)
+        p = tl.where(seen_keys(rows, cols, keys, F, False), p, 0.0)
     slope = tl.zeros_like(p) - tile.delta[:, None]
     if F.v:
         v = load_tile(v_rows, start_n, offs_n, tl.arange(0, BLOCK_DV), keys.start, keys.end, F.head_dim_v, MASKED)
@@ -283,7 +276,7 @@ def _row_block(
         if any_label(labels, start_n, F):
             group = load_groups(labels, offs_n, F)
             for g in tl.static_range(GROUPS):
-                dmass = _load_dmass(statistics, g, tile.offs, tile.wanted, F)
+                dmass = _load_dmass(statistics, head, g, tile.offs, tile.wanted, F)
                 w = group_weight(g, group, labels, offs_n, keys, F)
                 slope += dmass[:, None] * w[None, :]
     return matmul(rounded(_score_gradient(p, slope, capped, F), k.dtype), k, dq, PRECISION)
@@ -311,11 +304,11 @@ def _mass_attn_bwd_q_kernel(
         v_rows = one_head(v, at.b, off_hk)
         do_rows, offs_dv = one_head(do, at.b, at.h), tl.arange(0, BLOCK_DV)
         do_tile = load_tile(do_rows, at.start, offs_m, offs_dv, queries.first, queries.limit, F.head_dim_v, True)
-    statistics = _head_statistics(statistics, at.b, at.bh, shape.n_q, F)
-    lse2, delta = _load_statistics(statistics, offs_m, True)
+    head = HeadRows(at.bh * shape.n_q, at.b * shape.n_q, shape.n_q)
+    lse2, delta = _load_statistics(statistics, head, offs_m, True)
     if F.packed:
         lse2 = tl.where(offs_m < queries.limit, lse2, float("inf"))
-    wanted, some = _wanted_rows(statistics, offs_m, lse2, F)
+    wanted, some = _wanted_rows(statistics, head, offs_m, lse2, F)
     labels = sample_labels(labels, at.b, shape.n_k, some, F)
     scores = head_scores(scores, at.bh, F)
     dropout = head_dropout(dropout, at.bh)
@@ -325,10 +318,10 @@ def _mass_attn_bwd_q_kernel(
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for MASKED in tl.static_range(2):
         begin, end = phase_range(phases, MASKED)
-        for block in tl.range(begin, end, F.block_n, num_stages=1 if MASKED else None):
-            start_n = block_start(block, phases, MASKED)
+        for block in tl.range(begin, end, 1 if MASKED else F.block_n, num_stages=1 if MASKED else None):
+            start_n = block_start(block, phases, F.block_n, MASKED)
             dq_tile = _row_block(
-                dq_tile, tile, labels, statistics, k_rows, v_rows, start_n, rows, keys, scores, dropout, F, MASKED
+                dq_tile, tile, labels, statistics, head, k_rows, v_rows, start_n, rows, keys, scores, dropout, F, MASKED
             )
     limit_out = shape.n_q
     if F.packed:
@@ -384,7 +377,7 @@ def backward(
     dmass = None if dmass is None else dmass.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     delta = torch.empty((batch, heads, n_q), dtype=torch.float32, device=q.device)
-    statistics = Statistics(torch.empty_like(delta), delta, dmass, call.row_mask, n_q)
+    statistics = Statistics(torch.empty_like(delta), delta, dmass, call.row_mask)
     inputs = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(do))
     scores, dropout, width = Scores.of(call), Dropout.of(call), head_tile(q, v)
     shape = Shape(heads, heads // kv_heads, n_q, n_k, 0, call.row_offset)
@@ -396,7 +389,7 @@ def backward(
     of = Features(head_dim_v=of_keys.head_dim_v, block_dv=of_keys.block_dv, block_m=block, groups=groups, v=of_keys.v)
     of = of._replace(dlse=dlse is not None)
     _mass_attn_bwd_preprocess_kernel[(num_tiles * batch * heads,)](
-        Heads.of(out), inputs[3], mass, lse, dlse, statistics, heads, num_tiles, of, num_warps=4
+        Heads.of(out), inputs[3], mass, lse, dlse, statistics, heads, n_q, num_tiles, of, num_warps=4
     )
     if call.sinks is not None:
         dsinks = sink_gradient(call.sinks, lse, delta)

@@ -45,7 +45,7 @@ def _forward_block(
     k = load_tile(k_rows, start_n, offs_n, tl.arange(0, BLOCK_D), keys.start, keys.end, F.head_dim, MASKED)
     s, factor, _ = base2_scores(scores, q, k, rows, cols, F)  # [BLOCK_M, BLOCK_N]
     if MASKED:
-        s = tl.where(seen_keys(rows, cols, keys, F), s, float("-inf"))
+        s = tl.where(seen_keys(rows, cols, keys, F, False), s, float("-inf"))
     p, alpha, m_i, l_i = softmax_step(s, factor, m_i, l_i, MASKED)
     if F.v:
         acc = acc * alpha[:, None]
@@ -98,8 +98,8 @@ def _mass_attn_fwd_kernel(
     sums = tl.zeros([BLOCK_M, GROUPS_PAD], dtype=tl.float32)
     for MASKED in tl.static_range(2):
         begin, end = phase_range(phases, MASKED)
-        for block in tl.range(begin, end, F.block_n, num_stages=1 if MASKED else None):
-            start = block_start(block, phases, MASKED)
+        for block in tl.range(begin, end, 1 if MASKED else F.block_n, num_stages=1 if MASKED else None):
+            start = block_start(block, phases, F.block_n, MASKED)
             acc, l_i, m_i, sums = _forward_block(
                 acc, l_i, m_i, sums, tile, k_rows, v_rows, start, offs_m, rows, keys, labels, scores, dropout, F, MASKED
             )

@@ -39,31 +39,35 @@ class Queries(NamedTuple):
 
 
 class Phases(NamedTuple):
-    """The blocks that a program meets: whole ones, and masked ones before and after them, met in one loop.
-
-    A masked block at `gap` or after it really begins `skip` later.
-    """
+    """The blocks that a program meets: whole ones, and masked ones before and after them, met in one loop."""
 
     whole: tl.tensor
     whole_end: tl.tensor
-    masked: tl.tensor
-    masked_end: tl.tensor
-    gap: tl.tensor
-    skip: tl.tensor
+    first: tl.tensor  # where the first masked block begins
+    before: tl.tensor  # masked blocks before the whole ones
+    masked: tl.tensor  # masked blocks
 
 
 @triton.jit
 def row_interval(rows, keys, F: tl.constexpr):
-    """Return the first and one past the last key that a row at each position sees; a bound may be one for all."""
+    """Return the bounds of the keys that the mask shows to a row at each position, of whatever sequence; where it has
+    none, the sequence's."""
     lo = keys.start
     hi = keys.end
     if F.causal:
-        hi = tl.minimum(keys.end, rows + 1)
+        hi = rows + 1
     if F.reach.window:
-        lo = tl.maximum(keys.start, rows - keys.reach.window + 1)
+        lo = rows - keys.reach.window + 1
     if F.reach.chunk:
         lo = tl.maximum(lo, rows - _place_in_chunk(rows, keys))
     return lo, hi
+
+
+@triton.jit
+def own_interval(rows, keys, F: tl.constexpr):
+    """Return the first and one past the last key that a row at each position sees; a bound may be one for all."""
+    lo, hi = row_interval(rows, keys, F)
+    return tl.maximum(keys.start, lo), tl.minimum(keys.end, hi)
 
 
 @triton.jit
@@ -112,24 +116,33 @@ def keys_and_queries(sequences, index, shape, F: tl.constexpr):
 
 
 @triton.jit
-def seen_keys(rows, cols, keys, F: tl.constexpr):
+def seen_keys(rows, cols, keys, F: tl.constexpr, ROWS_VARY: tl.constexpr):
     """Return which keys each row sees. `rows` (positions) and `cols` broadcast: `[rows, 1]` and `[1, keys]`, or
-    transposed."""
-    lo, hi = row_interval(rows, keys, F)
-    return (cols >= lo) & (cols < hi)
+    transposed.
+
+    Loops over keys hold the bounds of their rows in registers. Where ROWS_VARY, the sequence's part is compared with
+    the keys, which stay, and the rest costs one comparison for each element.
+    """
+    if ROWS_VARY:
+        lo, hi = row_interval(rows, keys, F)
+        seen = (cols >= keys.start) & (cols < keys.end) & (cols >= lo) & (cols < hi)
+    else:
+        lo, hi = own_interval(rows, keys, F)
+        seen = (cols >= lo) & (cols < hi)
+    return seen
 
 
 @triton.jit
 def any_key(rows, keys, F: tl.constexpr):
     """Return whether a row at each position sees a key at all."""
-    lo, hi = row_interval(rows, keys, F)
+    lo, hi = own_interval(rows, keys, F)
     return lo < hi
 
 
 @triton.jit
 def key_reach(rows, present, keys, F: tl.constexpr):
     """Return the first and one past the last key that any of the present rows sees."""
-    lo, hi = row_interval(rows, keys, F)
+    lo, hi = own_interval(rows, keys, F)
     hi = tl.max(tl.where(present, hi, keys.start), 0)
     if F.reach.window or F.reach.chunk:
         lo = tl.min(tl.where(present, lo, keys.end), 0)
@@ -139,8 +152,8 @@ def key_reach(rows, present, keys, F: tl.constexpr):
 @triton.jit
 def key_phases(start_m, keys, queries, F: tl.constexpr):
     """Return the phases of the keys that the rows `start_m … start_m + block_m − 1` see."""
-    lo, full_hi = row_interval(start_m + queries.offset, keys, F)
-    full_lo, hi = row_interval(start_m + F.block_m - 1 + queries.offset, keys, F)
+    lo, full_hi = own_interval(start_m + queries.offset, keys, F)
+    full_lo, hi = own_interval(start_m + F.block_m - 1 + queries.offset, keys, F)
     if F.ends:  # no row of the tile is the sequence's
         hi = tl.where((start_m >= queries.limit) | (start_m + F.block_m <= queries.first), lo, hi)
     return _phases(lo, full_lo, full_hi, hi, F.block_n)
@@ -167,21 +180,23 @@ def _phases(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
     full_hi = tl.maximum((tl.minimum(full_hi, hi) // BLOCK) * BLOCK, full_lo)
     before = tl.where(hi > lo, tl.cdiv(full_lo - first, BLOCK), 0)
     after = tl.cdiv(tl.maximum(hi - full_hi, 0), BLOCK)
-    gap = first + before * BLOCK
-    return Phases(full_lo, full_hi, first, gap + after * BLOCK, gap, full_hi - gap)
+    return Phases(full_lo, full_hi, first, before, before + after)
 
 
 @triton.jit
 def phase_range(phases, MASKED: tl.constexpr):
-    """Return the bounds of the loop over the masked or the whole blocks."""
+    """Return the bounds of the loop over the masked blocks, by number, or over the whole ones, by position."""
     if MASKED:
-        lo, hi = phases.masked, phases.masked_end
+        lo, hi = 0, phases.masked
     else:
         lo, hi = phases.whole, phases.whole_end
     return lo, hi
 
 
 @triton.jit
-def block_start(at, phases, MASKED: tl.constexpr):
+def block_start(at, phases, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Return where the block begins that the loop meets at `at`."""
-    return tl.where(at < phases.gap, at, at + phases.skip) if MASKED else at
+    if MASKED:
+        before, after = phases.first + at * BLOCK, phases.whole_end + (at - phases.before) * BLOCK
+        at = tl.where(at < phases.before, before, after)
+    return at

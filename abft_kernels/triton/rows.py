@@ -117,7 +117,7 @@ def _row_mass_fwd_kernel(q, k, v, out, mass, lse, labels, positions, sinks, scor
         row, col = rows.position[:, None], offs_n[None, :]
         k_tile = load_tile(k_rows, start_n, offs_n, tl.arange(0, BLOCK_D), keys.start, keys.end, F.head_dim, True)
         s, factor, _ = base2_scores(scores_here, rows.q, k_tile, row, col, F)  # [BLOCK_M, BLOCK_N]
-        s = tl.where(seen_keys(row, col, keys, F) & rows.own[:, None], s, float("-inf"))
+        s = tl.where(seen_keys(row, col, keys, F, False) & rows.own[:, None], s, float("-inf"))
         p, alpha, m_i, l_i = softmax_step(s, factor, m_i, l_i, True)
         if F.v:
             offs_dv = tl.arange(0, BLOCK_DV)
@@ -186,7 +186,7 @@ def _row_mass_bwd_kernel(
             lse_rows = tl.load(lse + rows.index, mask=rows.in_range, other=float("-inf"))
             lse2 = tl.where(lse_rows == float("-inf"), float("inf"), lse_rows * LOG2E)
             p, capped = probabilities(scores_here, rows.q, k_tile, row, col, lse2[:, None], F)
-            p = tl.where(seen_keys(row, col, keys, F) & rows.own[:, None], p, 0.0)
+            p = tl.where(seen_keys(row, col, keys, F, True) & rows.own[:, None], p, 0.0)
             slope = tl.zeros_like(p)
             # The incoming gradient of an absent row may be anything.
             wanted = rows.in_range & rows.own
