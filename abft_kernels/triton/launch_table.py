@@ -133,7 +133,8 @@ TABLE: dict[tuple[str, int, int], list[tuple[int, int, Launch]]] = {
         (64, 16, Launch(32, 64, 4, 3)),
         (128, 16, Launch(32, 64, 8, 3)),
         (256, 16, Launch(32, 32, 8, 2)),
-        (512, 16, Launch(16, 32, 8, 2)),
+        (512, 2, Launch(16, 32, 8, 2)),
+        (512, 16, Launch(16, 16, 8, 2)),
     ],
     ("rows", 2, 100): [
         (64, 16, Launch(32, 128, 8, 3)),
