@@ -1,4 +1,4 @@
-"""Where a number comes from: command, commit, versions, hardware, date."""
+"""The provenance of a number: command, commit, versions, hardware, date."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class SeenKeys(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """How far back a row sees, as keywords of the same names limit it; 0: no limit."""
+    """The limits on how far back a row sees, named as their keywords; 0: no limit."""
 
     window: int = 0  # keys that a row sees, its own included
     chunk: int = 0  # keys of a chunk; a row sees those of its own
@@ -103,7 +103,7 @@ class Sequences(NamedTuple):
 
 
 def values_readable(tensor: Tensor) -> bool:
-    """True if values can be checked: reading those of a CUDA tensor would stall the stream in every layer."""
+    """Return True if values can be checked: reading those of a CUDA tensor would stall the stream in every layer."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
 
 

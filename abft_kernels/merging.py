@@ -1,4 +1,4 @@
-"""What is the same for every backend once masses and LSEs exist: merging shards of the keys, the gradient of sinks."""
+"""Merging shards of the keys, and the gradient of sinks: every backend shares them, given masses and LSEs."""
 
 from __future__ import annotations
 

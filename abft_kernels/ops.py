@@ -24,7 +24,7 @@ _Kernel = Callable[..., Sequence[Tensor]]
 
 
 class Operator(NamedTuple):
-    """What differs between the two operators."""
+    """The differences between the two operators."""
 
     name: str
     inputs: dict[str, str]  # name -> type in the schema, before the call's fields

@@ -1,4 +1,4 @@
-"""Where a number comes from, and its spread."""
+"""The provenance of a number, and its spread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How far training moved W_Q and W_K, and what lies between two trained models (arXiv 2505.14233, Fig. 7 and Eq. 2)."""
+"""The distance that training moved W_Q and W_K, and the plane between two trained models.
+
+Source: arXiv 2505.14233, Fig. 7 and Eq. 2.
+"""
 
 from __future__ import annotations
 

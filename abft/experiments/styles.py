@@ -1,4 +1,4 @@
-"""How each method looks in every figure: readable in print and by colour-blind readers."""
+"""The colours and marks of each method in every figure: readable in print and by colour-blind readers."""
 
 from __future__ import annotations
 

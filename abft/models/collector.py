@@ -1,4 +1,4 @@
-"""What is computed of an attention layer: its output, its mass, or both.
+"""The output and the mass of an attention layer, and the collector that decides which of them are computed.
 
 A `MassCollector` passed as `mass_collector` to `model(...)` takes the masses layer by layer in place of
 `outputs.attentions`, and leaves out of each layer what nothing asks for (see `abft.models.masses`).

@@ -1,4 +1,4 @@
-"""Where W_Q, W_K and W_V stand in the attention layers of each architecture, and training W_Q and W_K.
+"""The places of W_Q, W_K and W_V in the attention layers of each architecture, and training W_Q and W_K.
 
 `ARCHITECTURES` has one row per kind of attention layer; everything else here reads it.
 """

@@ -104,7 +104,7 @@ class _Peak(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _Mode:
-    """What a run does: a step of an objective, or inference.
+    """The work of a run: a step of an objective, or inference.
 
     Args:
         objective: None for inference.

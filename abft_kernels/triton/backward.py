@@ -52,7 +52,7 @@ class RowTile(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the backward pass knows of every row, contiguous `(B, H, N_q, …)`."""
+    """The statistics of every row, contiguous `(B, H, N_q, …)`."""
 
     lse2: Tensor  # LSE in base 2; +inf for absent rows
     delta: Tensor

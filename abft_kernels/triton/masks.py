@@ -1,4 +1,4 @@
-"""Which keys a row sees. Every mask gives a row one interval of keys, and so each key one interval of rows.
+"""The keys that a row sees. Every mask gives a row one interval of keys, and so each key one interval of rows.
 
 With r the row's position and start, end the bounds of its sequence,
 

@@ -220,7 +220,7 @@ def _row_mass_bwd_kernel(
 
 
 class _Grid:
-    """How one call is cut: packed row tiles × splits of the keys × (sequences · KV heads)."""
+    """The grid of one call: packed row tiles × splits of the keys × (sequences · KV heads)."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor | None, call: Call):
         sequences, heads, num_rows, _ = q.shape

@@ -1,1 +1,1 @@
-"""What the compiler makes of the kernels, and the launch table that is chosen by it."""
+"""The compiler's output for the kernels, and the launch table chosen by it."""

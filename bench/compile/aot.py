@@ -1,4 +1,4 @@
-"""Compiles every kernel of the launch table ahead of time, with no GPU, and reads what the compiler made of it.
+"""Compile every kernel of the launch table ahead of time, without a GPU, and read the compiler's report.
 
     python -m bench.compile.aot [--json FILE]      the table: registers, spills, shared memory, matrix instructions
 
@@ -188,7 +188,7 @@ class Loop(NamedTuple):
 
 
 def main_loops(sass: str) -> list[Loop]:
-    """Innermost loops that hold matrix instructions, in the order of the code."""
+    """Return the innermost loops that hold matrix instructions, in the order of the code."""
     labels: dict[str, int] = {}
     opcodes: list[str] = []
     branches: list[tuple[int, str]] = []
@@ -213,7 +213,7 @@ def main_loops(sass: str) -> list[Loop]:
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-    """Adds `registers`, `stack`, `spills` (local-memory instructions), `loop_spills` (those of them inside main loops),
+    """Add `registers`, `stack`, `spills` (local-memory instructions), `loop_spills` (those of them inside main loops),
     `shared`, `hgmma`, `hmma`, `utcmma`, `loops` (counts of instructions of each main loop), or `error`."""
     row: dict[str, Any] = {**case._asdict(), "launch": list(case.launch)}
     options = {"num_warps": case.launch.num_warps, "num_stages": case.launch.num_stages}
@@ -253,7 +253,7 @@ def _kinds(loop: Loop) -> dict[str, int]:
 
 
 def instruction_table(archs: list[int], jobs: int) -> list[dict[str, Any]]:
-    """Instructions of each fused kernel's unmasked main loop, a thread and an iteration, mass off and on.
+    """Count the instructions of each fused kernel's unmasked main loop, per thread and iteration, mass off and on.
 
     `skipped` is what a block of keys without a label jumps over. bf16, causal, 2 groups, the launch of the table.
     """
@@ -280,7 +280,7 @@ def _first(entries: list[tuple[int, int, Launch]], head_dim: int, groups: int) -
 
 
 def table_cases(archs: list[int], groups: list[int], variants: bool = False) -> list[Case]:
-    """Every kernel of every entry; `variants` adds the other forms of the head-128 and head-64 entries."""
+    """Return every kernel of every entry; `variants` adds the other forms of the head-128 and head-64 entries."""
     cases = []
     for (table, element_size, table_arch), entries in TABLE.items():
         dtype = "bf16" if element_size == 2 else "fp32"
@@ -310,7 +310,7 @@ def table_cases(archs: list[int], groups: list[int], variants: bool = False) -> 
 
 
 def problems(row: dict[str, Any]) -> list[str]:
-    """What keeps an entry out of the table."""
+    """Return the reasons to reject this entry; empty if it is accepted."""
     if "error" in row:
         return [row["error"]]
     found = []
@@ -374,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(out_dir: Path) -> Path:
-    """Compiles the table, writes `aot.json`, and returns its path."""
+    """Compile the table, write `aot.json`, and return its path."""
     path = out_dir / "aot.json"
     main(["--json", str(path)])
     return path

@@ -1,4 +1,4 @@
-"""Derives the launch table: of each kernel's candidates, best guess first, the first that the compiler serves well.
+"""Derive the launch table: for each entry the first candidate, best guess first, that the compiler's report accepts.
 
     python -m bench.compile.derive --arch 80,90,100 --write        without a GPU: no spills, within shared memory
     python -m bench.compile.derive --measure --write               on a GPU: the fastest, for its architecture alone
@@ -123,7 +123,7 @@ class Key(NamedTuple):
 
 
 def _serves(key: Key, launch: Launch) -> str:
-    """Why the candidate is refused; empty if it passes."""
+    """Return the reasons to reject the candidate; empty if it is accepted."""
     return next(filter(None, (_refusal(case, compile_case(case)) for case in key.cases(launch))), "")
 
 
@@ -136,7 +136,7 @@ def _refusal(case: Case, row: dict[str, Any], clock: bool = False) -> str:
 
 
 def choose(key: Key) -> tuple[Key, Launch | None, list[tuple[Launch, str]]]:
-    """The first candidate that passes, and those refused before it."""
+    """Return the first candidate that is accepted, and those rejected before it."""
     refused = []
     for candidate in CANDIDATES[key.table, key.element_size][key.head_tile]:
         launch = Launch(*candidate)
@@ -151,7 +151,7 @@ Pair = tuple[Key, Launch]
 
 
 def passing(pool: Executor, keys: list[Key]) -> tuple[list[Pair], dict[Pair, str]]:
-    """Every candidate that the clock may judge, and why the others are refused: all compilations side by side.
+    """Return the candidates to time, and the reasons to reject the others; compile all in parallel.
 
     Spills outside of main loops refuse none here.
     """
@@ -172,7 +172,7 @@ def passing(pool: Executor, keys: list[Key]) -> tuple[list[Pair], dict[Pair, str
 
 @contextmanager
 def _entry(key: Key, launch: Launch) -> Iterator[None]:
-    """The table with one entry replaced."""
+    """Return the table with one entry replaced."""
     whole = TABLE[key.table, key.element_size, key.arch]
     TABLE[key.table, key.element_size, key.arch] = [(key.head_tile, key.groups, launch), *whole]
     try:
@@ -182,7 +182,7 @@ def _entry(key: Key, launch: Launch) -> Iterator[None]:
 
 
 def operator(key: Key, launch: Launch, tokens: int, device: str = "cuda") -> Callable[[], Any]:
-    """What runs the kernel: a pass on random data, causal, 4 query heads per KV head; backward for its kernels."""
+    """Return a function that runs the kernel on random data, causal, with 4 query heads per KV head."""
     import torch
 
     dtype = torch.bfloat16 if key.element_size == 2 else torch.float32
@@ -217,7 +217,7 @@ def _with_entry(key: Key, launch: Launch, function: Callable[[], Any]) -> Callab
 
 
 def _warm(key: Key, launch: Launch, tokens: int) -> str:
-    """Runs the kernel once, so that it is compiled; what is wrong, if it does not run."""
+    """Run the kernel once, to compile it; return the error if it does not run."""
     import torch
 
     try:
@@ -229,7 +229,7 @@ def _warm(key: Key, launch: Launch, tokens: int) -> str:
 
 
 def _measure(pool: Executor, pairs: list[Pair], tokens: int) -> tuple[dict[Pair, dict[str, float]], dict[Pair, str]]:
-    """Milliseconds of each candidate, one after the other once all are compiled; and why some have none."""
+    """Return the milliseconds of each candidate, timed one by one after compilation, and the errors of the others."""
     import torch
 
     from bench.gpu.timing import measure
@@ -297,7 +297,7 @@ def table_source(chosen: dict[Key, Launch], archs: tuple[int, ...], how: str) ->
 
 
 def _present() -> dict[Key, Launch]:
-    """The entries of the present table."""
+    """Return the entries of the present table."""
     return {
         Key(table, element_size, arch, width, groups): launch
         for (table, element_size, arch), entries in TABLE.items()

@@ -40,7 +40,7 @@ class Language:
     """Documents in words of a model: a third of them are keys, a third values, a third have no meaning."""
 
     def __init__(self, vocab_size: int) -> None:
-        third = (vocab_size - 3) // 3  # behind the special tokens
+        third = (vocab_size - 3) // 3  # after the special tokens
         self.keys, self.values, self.fillers = (range(3 + i * third, 3 + (i + 1) * third) for i in range(3))
 
     def document(self, rng: random.Random, records: int) -> tuple[list[int], dict[int, int]]:

@@ -1,4 +1,4 @@
-"""How far training moved W_Q and W_K, by layer."""
+"""The distance that training moved W_Q and W_K, by layer."""
 
 from __future__ import annotations
 
