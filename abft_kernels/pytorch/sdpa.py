@@ -58,9 +58,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None, caus
     if group > 1 and not native_gqa:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=call.dropout_p, is_causal=causal, scale=call.scale,
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=call.dropout_p,
+        is_causal=causal,
+        scale=call.scale,
         enable_gqa=native_gqa,
-    )  # fmt: skip
+    )
 
 
 def attention_output(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:

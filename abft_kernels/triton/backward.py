@@ -230,9 +230,23 @@ def _mass_attn_bwd_kv_kernel(
             for block in tl.range(begin, end, 1 if MASKED else F.block_m, num_stages=1 if MASKED else None):
                 start_m = block_start(block, phases, F.block_m, MASKED)
                 dk_tile, dv_tile, dw_tile = _key_block(
-                    dk_tile, dv_tile, dw_tile, tile, labels, q_rows, do_rows, statistics, head, start_m, keys,
-                    queries, of_scores, of_dropout, F, MASKED,
-                )  # fmt: skip
+                    dk_tile,
+                    dv_tile,
+                    dw_tile,
+                    tile,
+                    labels,
+                    q_rows,
+                    do_rows,
+                    statistics,
+                    head,
+                    start_m,
+                    keys,
+                    queries,
+                    of_scores,
+                    of_dropout,
+                    F,
+                    MASKED,
+                )
 
     limit_out = shape.n_k
     if F.packed:  # keys after the sequence are another tile's

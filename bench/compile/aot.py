@@ -113,12 +113,25 @@ def _features(case: Case, extra: set[str]) -> Features:
     block = head_block(case.head_dim)
     reach = Reach(**dict.fromkeys(extra & set(Reach._fields), 1))
     return Features(
-        head_dim=case.head_dim, head_dim_v=case.head_dim, block_d=block, block_dv=block if v else 1,
-        block_m=case.launch.block_m, block_n=case.launch.block_n, groups=groups,
-        groups_pad=next_power_of_2(max(1, groups)), precision="ieee" if case.dtype == "fp32" else "tf32",
-        causal=on, reach=reach, starts=on, ends=on, v=v, dlse=on, dq=True, dk=True,
+        head_dim=case.head_dim,
+        head_dim_v=case.head_dim,
+        block_d=block,
+        block_dv=block if v else 1,
+        block_m=case.launch.block_m,
+        block_n=case.launch.block_n,
+        groups=groups,
+        groups_pad=next_power_of_2(max(1, groups)),
+        precision="ieee" if case.dtype == "fp32" else "tf32",
+        causal=on,
+        reach=reach,
+        starts=on,
+        ends=on,
+        v=v,
+        dlse=on,
+        dq=True,
+        dk=True,
         **dict.fromkeys(extra - set(Reach._fields), True),
-    )  # fmt: skip
+    )
 
 
 def _source(case: Case) -> ASTSource:
@@ -234,13 +247,17 @@ def compile_case(case: Case) -> dict[str, Any]:
         return {**row, "error": f"cuobjdump gave no usage: {usage[:200]}"}
     loops = main_loops(sass)
     return {
-        **row, "registers": int(found[1]), "stack": int(found[2]),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)), "shared": compiled.metadata.shared,
-        "hgmma": len(re.findall(r"\bHGMMA\b", sass)), "hmma": len(re.findall(r"\bHMMA\b", sass)),
+        **row,
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared": compiled.metadata.shared,
+        "hgmma": len(re.findall(r"\bHGMMA\b", sass)),
+        "hmma": len(re.findall(r"\bHMMA\b", sass)),
         "utcmma": len(re.findall(r"\bUTC\w*MMA\b", sass)),
         "loops": [_kinds(loop) for loop in loops],
         "loop_spills": sum(loop.opcodes[op] for loop in loops for op in ("STL", "LDL")),
-    }  # fmt: skip
+    }
 
 
 def _kinds(loop: Loop) -> dict[str, int]:
@@ -351,8 +368,10 @@ def main(arguments: list[str] | None = None) -> int:
         table = instruction_table(archs, options.jobs)
         for row in table:
             off, on = row["off"], row["on"]
-            print(f"{row['kernel']:26} sm_{row['arch']:<3} D{row['head_dim']:<3} mass off {off['instructions']:4}, on "
-                  f"{on['instructions']:4} of which a block without labels skips {on['skipped']}")  # fmt: skip
+            print(
+                f"{row['kernel']:26} sm_{row['arch']:<3} D{row['head_dim']:<3} mass off {off['instructions']:4}, on "
+                f"{on['instructions']:4} of which a block without labels skips {on['skipped']}"
+            )
         if options.json:
             write_json(options.json, {"provenance": provenance(("torch", "triton")), "rows": table})
         return 0

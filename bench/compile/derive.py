@@ -365,10 +365,14 @@ def main(arguments: list[str] | None = None) -> int:
         launch = chosen.get(key)
         medians = (f"{time['median']:.3f}" for time in ours.values())
         print(*key, "->", launch and tuple(launch), f"({len(why)} refused)", *medians)
-        record.append({
-            "key": list(key), "launch": launch, "refused": [[list(one), reason] for one, reason in why.items()],
-            "milliseconds": [[list(one), time] for one, time in ours.items()],
-        })  # fmt: skip
+        record.append(
+            {
+                "key": list(key),
+                "launch": launch,
+                "refused": [[list(one), reason] for one, reason in why.items()],
+                "milliseconds": [[list(one), time] for one, time in ours.items()],
+            }
+        )
     if options.json:
         write_json(options.json, {"provenance": provenance(("torch", "triton")), "entries": record})
     if options.write:

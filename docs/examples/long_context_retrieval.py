@@ -93,9 +93,15 @@ def fine_tune(
     """A copy of the model whose W_Q and W_K were trained in two epochs."""
     with tempfile.TemporaryDirectory() as folder:
         config = abft.ABFTConfig(
-            output_dir=folder, method=method, learning_rate=rate, per_device_train_batch_size=32, seed=seed,
-            save_strategy="no", use_cpu=True, disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=folder,
+            method=method,
+            learning_rate=rate,
+            per_device_train_batch_size=32,
+            seed=seed,
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
         trainer = abft.ABFTTrainer(copy.deepcopy(model), config, targets)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -114,8 +120,10 @@ def run_seed(seed: int, options: argparse.Namespace, lengths: list[int]) -> dict
     tests = {records: language.targets(2000 + seed, options.tests, records) for records in lengths}
     results = {}
     for name, method, rate in (
-        ("vanilla", None, 0.0), ("E2E", "e2e", options.e2e_learning_rate), ("targets", "abft", options.learning_rate),
-    ):  # fmt: skip
+        ("vanilla", None, 0.0),
+        ("E2E", "e2e", options.e2e_learning_rate),
+        ("targets", "abft", options.learning_rate),
+    ):
         tuned = model if method is None else fine_tune(model, training, method, rate, seed)
         results[name] = {records: abft.evaluate(tuned, test, progress=False) for records, test in tests.items()}
         shown = (
@@ -174,18 +182,23 @@ def main() -> None:
     }
     picture = options.figure or options.output.with_suffix(".png")
     save_figure(figure(runs, options.records), picture)
-    write_json(options.output, {
-        "command": ["python", *sys.argv],
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
-        "versions": versions(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - started, 1),
-        "accuracy_mean": means,
-        "seeds": {
-            seed: {name: {n: result.to_dict() for n, result in of_name.items()} for name, of_name in run.items()}
-            for seed, run in zip(options.seeds, runs, strict=True)
+    write_json(
+        options.output,
+        {
+            "command": ["python", *sys.argv],
+            "options": {
+                name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
+            },
+            "versions": versions(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - started, 1),
+            "accuracy_mean": means,
+            "seeds": {
+                seed: {name: {n: result.to_dict() for n, result in of_name.items()} for name, of_name in run.items()}
+                for seed, run in zip(options.seeds, runs, strict=True)
+            },
         },
-    })  # fmt: skip
+    )
     long = 4 * options.records
     print(f"{long} records, mean over seeds: " + ", ".join(f"{name} {of[long]:.1%}" for name, of in means.items()))
     print(f"wrote {options.output} and {picture}")

@@ -37,26 +37,34 @@ def main() -> None:
         raise SystemExit(f"does not fit in {memory:.0f} GiB; --tokens_per_batch {planned.longest_context} would")
 
     examples, labels = abft.load_examples(options.train)
-    parts = abft.split_examples(
-        examples, {"train": options.prompts, "pool": len(examples) - options.prompts}, seed=0
-    )  # fmt: skip
+    parts = abft.split_examples(examples, {"train": options.prompts, "pool": len(examples) - options.prompts}, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     template = abft.Template(options.text_prefix, options.label_prefix)
     builder = abft.PromptBuilder(tokenizer, abft.Task("mine", labels, template))
     prompts = abft.sample_prompts(builder, parts["train"], parts["pool"], options.k, seed=0)
 
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     model = AutoModelForCausalLM.from_pretrained(
-        options.model, quantization_config=quantization, device_map={"": 0 if gpu else "cpu"}, dtype=torch.bfloat16,
+        options.model,
+        quantization_config=quantization,
+        device_map={"": 0 if gpu else "cpu"},
+        dtype=torch.bfloat16,
         attn_implementation=ATTENTION,
-    )  # fmt: skip
+    )
     config = abft.ABFTConfig(
-        output_dir=options.output, lora=True, restricted_gradient=True, packing=True, use_cpu=not gpu,
-        tokens_per_batch=options.tokens_per_batch, per_device_train_batch_size=32,
-    )  # fmt: skip
+        output_dir=options.output,
+        lora=True,
+        restricted_gradient=True,
+        packing=True,
+        use_cpu=not gpu,
+        tokens_per_batch=options.tokens_per_batch,
+        per_device_train_batch_size=32,
+    )
     trainer = abft.ABFTTrainer(model, config, prompts)
     trainer.train()
     trainer.save_model()

@@ -43,16 +43,21 @@ def main() -> None:
         "fsdp": {
             "fsdp": True,
             "fsdp_config": {
-                "version": 2, "transformer_layer_cls_to_wrap": [options.layer],
+                "version": 2,
+                "transformer_layer_cls_to_wrap": [options.layer],
                 "state_dict_type": "FULL_STATE_DICT",
             },
         },
         "tensor": {"tensor_parallel_size": processes, "save_strategy": "no"},
-    }[options.engine]  # fmt: skip
+    }[options.engine]
     config = abft.ABFTConfig(
-        output_dir=options.output, packing=True, per_device_train_batch_size=32 // replicas, use_cpu=not gpu,
-        ddp_backend=None if gpu else "gloo", **engine,
-    )  # fmt: skip
+        output_dir=options.output,
+        packing=True,
+        per_device_train_batch_size=32 // replicas,
+        use_cpu=not gpu,
+        ddp_backend=None if gpu else "gloo",
+        **engine,
+    )
     split = {"tp_plan": "auto"} if options.engine == "tensor" else {}
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32", **split)
     trainer = abft.ABFTTrainer(model, config, prompts)

@@ -46,13 +46,15 @@ def main(folder: Path) -> None:
         if trainer.is_world_process_zero():
             torch.save(
                 {
-                    "world": args.world_size, "steps": args.gradient_accumulation_steps, "weights": weights,
+                    "world": args.world_size,
+                    "steps": args.gradient_accumulation_steps,
+                    "weights": weights,
                     "log": [entry for entry in trainer.state.log_history if "loss" in entry],
                     "state": trainer.objective.state_dict(),
                     "sharded": sum(isinstance(p, DTensor) for p in model.parameters()),
                 },
                 folder / f"{run['name']}.pt",
-            )  # fmt: skip
+            )
 
 
 if __name__ == "__main__":

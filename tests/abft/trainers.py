@@ -16,9 +16,13 @@ LABEL_LOOKERS: dict[str, Any] = {"spread": 0.7}  # random models with heads on b
 
 def arguments(folder, **changes: Any) -> ABFTConfig:
     options: dict[str, Any] = dict(
-        output_dir=str(folder), learning_rate=1e-3, use_cpu=True, disable_tqdm=True, save_strategy="no",
+        output_dir=str(folder),
+        learning_rate=1e-3,
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
         num_train_epochs=4,
-    )  # fmt: skip
+    )
     return ABFTConfig(**{**options, **changes})
 
 

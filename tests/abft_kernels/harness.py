@@ -261,9 +261,17 @@ def deviation(name: str, ours: Tensor, base: Tensor, oracle: Tensor, natural: fl
     errors = [(x - oracle).abs() for x in (ours, base)]
     (error, by_base), norms = (x.amax().item() if x.numel() else 0.0 for x in errors), [x.norm().item() for x in errors]
     return Deviation(
-        name, 1, error, norms[0], by_base, norms[1], largest, norm,
-        floor + extra / 2 * largest, (eps + 0.29 * extra) * norm,
-    )  # fmt: skip
+        name,
+        1,
+        error,
+        norms[0],
+        by_base,
+        norms[1],
+        largest,
+        norm,
+        floor + extra / 2 * largest,
+        (eps + 0.29 * extra) * norm,
+    )
 
 
 def assert_close(name: str, ours: Tensor, base: Tensor, oracle: Tensor, natural: float) -> None:

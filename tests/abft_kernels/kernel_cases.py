@@ -155,14 +155,23 @@ def drawn(most: int, features: tuple[str, ...]):
     """Return a strategy of cases of at most `most` rows and keys; :func:`allowed` makes each one consistent."""
     return st.builds(
         lambda kv_heads, group, **rest: Case(heads=kv_heads * group, kv_heads=kv_heads, **rest),
-        batch=st.integers(1, 3), kv_heads=st.integers(1, 2), group=st.integers(1, 3), n_q=st.integers(1, most),
-        n_k=st.integers(1, most), head_dim=st.integers(1, 40), groups=st.integers(1, 16),
-        dtype=st.sampled_from(["fp32", "bf16", "fp16"]), causal=st.booleans(),
-        padding=st.sampled_from([None, "left", "right", "empty"]), grads=st.sampled_from(["oml", "m", "Ol"]),
+        batch=st.integers(1, 3),
+        kv_heads=st.integers(1, 2),
+        group=st.integers(1, 3),
+        n_q=st.integers(1, most),
+        n_k=st.integers(1, most),
+        head_dim=st.integers(1, 40),
+        groups=st.integers(1, 16),
+        dtype=st.sampled_from(["fp32", "bf16", "fp16"]),
+        causal=st.booleans(),
+        padding=st.sampled_from([None, "left", "right", "empty"]),
+        grads=st.sampled_from(["oml", "m", "Ol"]),
         layout=st.sampled_from(["bhnd", "bnhd", "sliced", "strided", "expanded"]),
-        softcap=st.none() | st.floats(0.5, 30.0), **dict.fromkeys(Reach._fields, st.none() | st.integers(1, most)),
-        value_dim=st.none() | st.integers(1, 40), features=st.frozensets(st.sampled_from(features), max_size=4),
-    )  # fmt: skip
+        softcap=st.none() | st.floats(0.5, 30.0),
+        **dict.fromkeys(Reach._fields, st.none() | st.integers(1, most)),
+        value_dim=st.none() | st.integers(1, 40),
+        features=st.frozensets(st.sampled_from(features), max_size=4),
+    )
 
 
 def allowed(case: Case) -> Case:

@@ -20,9 +20,24 @@ def rows(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # Each entry with its largest number of groups; `python -m bench.compile.aot --variants` does the rest.
     done = subprocess.run(
-        [sys.executable, "-m", "bench.compile.aot", "--brief", "--arch", "80,90,100", "--groups", "2,16",
-         "--json", str(path)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "bench.compile.aot",
+            "--brief",
+            "--arch",
+            "80,90,100",
+            "--groups",
+            "2,16",
+            "--json",
+            str(path),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert path.exists(), done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(path.read_text())["rows"]
 

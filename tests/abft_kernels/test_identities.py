@@ -126,8 +126,9 @@ def test_dropout_by_seed(backend, device):
         return mass_attention(q, k, v, groups, 2, return_lse=True, backend=backend, **dropout)
 
     plain, once, twice, other = (
-        results(), *(results(dropout_p=0.5, dropout_seed=seed) for seed in (1, 1, 1 << 61)),
-    )  # fmt: skip
+        results(),
+        *(results(dropout_p=0.5, dropout_seed=seed) for seed in (1, 1, 1 << 61)),
+    )
     assert all(torch.equal(x, y) for x, y in zip(once, twice, strict=True))
     assert not torch.allclose(once[0], other[0])
     torch.testing.assert_close(once[1:], plain[1:], rtol=1e-6, atol=1e-6)

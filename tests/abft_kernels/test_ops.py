@@ -64,11 +64,17 @@ def _arguments(name, device, backend):
         weights=None if weights is None else weights.requires_grad_(),
         sinks=inputs.extras["sinks"].requires_grad_() if "sinks" in inputs.extras else None,
         slopes=None if slopes is None else slopes.float().expand(heads[0].shape[0], -1).contiguous(),
-        starts=starts, ends=ends,
+        starts=starts,
+        ends=ends,
         row_mask=given["row_mask"].to(torch.uint8) if "row_mask" in given else None,
-        num_groups=2, scale=0.25, reach=Reach(**case.reach), softcap=case.softcap or 0.0, packed=case.has("packed"),
-        dropout_p=given.get("dropout_p", 0.0), seed=given.get("dropout_seed", 0),
-    )  # fmt: skip
+        num_groups=2,
+        scale=0.25,
+        reach=Reach(**case.reach),
+        softcap=case.softcap or 0.0,
+        packed=case.has("packed"),
+        dropout_p=given.get("dropout_p", 0.0),
+        seed=given.get("dropout_seed", 0),
+    )
     if case.rows:
         heads.append(inputs.arguments["row_positions"].int())
     return [*heads, *pack(call), backend]
@@ -103,10 +109,14 @@ def test_opcheck_mass_attention(case, backend, device):
 
 @pytest.mark.parametrize(
     "case",
-    ["B2-H4:2-N7x9-D4-V3-G2-fp64-causal-left-m", "B2-H2-N9-D4-G2-fp64-causal-packed-w3-c2.0-sinks-weighted-alibi-m",
-     "B2-H2-N9-D4-G2-fp64-full-drop-weighted-wanted-m", "B2-H2-R3-N9-D4-G2-fp64-causal-sinks-weighted-w4-m",
-     "B1-H2-N5x9-D4-G2-fp64-causal-shard-m"],
-)  # fmt: skip
+    [
+        "B2-H4:2-N7x9-D4-V3-G2-fp64-causal-left-m",
+        "B2-H2-N9-D4-G2-fp64-causal-packed-w3-c2.0-sinks-weighted-alibi-m",
+        "B2-H2-N9-D4-G2-fp64-full-drop-weighted-wanted-m",
+        "B2-H2-R3-N9-D4-G2-fp64-causal-sinks-weighted-w4-m",
+        "B1-H2-N5x9-D4-G2-fp64-causal-shard-m",
+    ],
+)
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_gradcheck_of_features(case, backend, device):
     """Finite differences in float64, of the oracle too: it must not only agree with itself."""

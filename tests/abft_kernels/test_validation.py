@@ -53,13 +53,19 @@ def _arguments(**changes):
         ({"seq_lens": torch.tensor([-1, 1])}, ValueError, "within the 6 keys"),
         ({"seq_lens": torch.tensor([3, 3]), "seq_starts": torch.tensor([0, 4])}, ValueError, "within the 6 keys"),
         ({"seq_lens": torch.tensor([3, 3]), "seq_starts": torch.tensor([0, -1])}, ValueError, "within the 6 keys"),
-        ({"seq_lens": torch.tensor([3, 3]), "causal": False, "q": torch.randn(B, H, 3, D)}, ValueError,
-         "needs as many queries as keys, got 3 and 6"),
+        (
+            {"seq_lens": torch.tensor([3, 3]), "causal": False, "q": torch.randn(B, H, 3, D)},
+            ValueError,
+            "needs as many queries as keys, got 3 and 6",
+        ),
         ({"row_positions": torch.zeros(B, 1)}, TypeError, "row_positions must be an int32 or int64 tensor"),
         ({"row_positions": torch.zeros(3, 1, dtype=torch.long)}, ValueError, r"\(batch=2, rows\) .*got \(3, 1\)"),
         ({"row_positions": torch.full((B, 1), 6)}, ValueError, "reaches 6 but there are 6 keys"),
-        ({"row_positions": torch.zeros(B, 1, dtype=torch.long), "q": torch.randn(B, H, 3, D)}, ValueError,
-         "a row before position 3, but q holds only the positions from 3"),
+        (
+            {"row_positions": torch.zeros(B, 1, dtype=torch.long), "q": torch.randn(B, H, 3, D)},
+            ValueError,
+            "a row before position 3, but q holds only the positions from 3",
+        ),
         ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, reference, got 'cuda'"),
         *(({limit: 0}, ValueError, f"{limit} must be an int ≥ 1 .* got 0") for limit in Reach._fields),
         *(({limit: 2.0}, ValueError, f"{limit} must be an int ≥ 1 .* got 2.0") for limit in Reach._fields),
@@ -73,11 +79,14 @@ def _arguments(**changes):
         ({"dropout_p": 0.1, "dropout_seed": -1}, ValueError, "dropout_seed must be an int from 0 .* got -1"),
         ({"row_mask": torch.ones(B, N)}, TypeError, "row_mask must be a bool tensor, got torch.float32"),
         ({"row_mask": torch.ones(B, N + 1, dtype=torch.bool)}, ValueError, r"= \(2, 6\), got \(2, 7\)"),
-        ({"row_mask": torch.ones(B, N, dtype=torch.bool), "row_positions": torch.zeros(B, 1, dtype=torch.long)},
-         ValueError, "row_positions and row_mask both choose rows"),
+        (
+            {"row_mask": torch.ones(B, N, dtype=torch.bool), "row_positions": torch.zeros(B, 1, dtype=torch.long)},
+            ValueError,
+            "row_positions and row_mask both choose rows",
+        ),
         ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, "with cu_seqlens k must have batch 1"),
     ],
-)  # fmt: skip
+)
 def test_mass_attention(changes, error, message):
     with pytest.raises(error, match=message):
         mass_attention(**_arguments(**changes))
@@ -99,9 +108,11 @@ def test_mass_attention(changes, error, message):
 )
 def test_packed(changes, error, message):
     arguments = _arguments(
-        q=torch.randn(1, H, N, D), k=torch.randn(1, H_KV, N, D), v=torch.randn(1, H_KV, N, D),
+        q=torch.randn(1, H, N, D),
+        k=torch.randn(1, H_KV, N, D),
+        v=torch.randn(1, H_KV, N, D),
         key_groups=torch.zeros(1, N, dtype=torch.long),
-    )  # fmt: skip
+    )
     with pytest.raises(error, match=message):
         mass_attention(**{**arguments, "cu_seqlens": torch.tensor([0, 2, 6]), **changes})
 

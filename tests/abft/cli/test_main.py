@@ -14,10 +14,33 @@ from abft.models.weights import from_pretrained
 
 def train(model_folder, files, output, *extra):
     return main(
-        ["train", "--model", str(model_folder), "--train_file", str(files / "train.jsonl"), "--num_prompts", "32",
-         "--text_prefix", "text:", "--label_prefix", "topic:", "--pseudo_batch_size", "8", "--learning_rate", "1e-3",
-         "--head_filter", "False", "--use_cpu", "True", "--disable_tqdm", "True", "--output_dir", str(output), *extra]
-    )  # fmt: skip
+        [
+            "train",
+            "--model",
+            str(model_folder),
+            "--train_file",
+            str(files / "train.jsonl"),
+            "--num_prompts",
+            "32",
+            "--text_prefix",
+            "text:",
+            "--label_prefix",
+            "topic:",
+            "--pseudo_batch_size",
+            "8",
+            "--learning_rate",
+            "1e-3",
+            "--head_filter",
+            "False",
+            "--use_cpu",
+            "True",
+            "--disable_tqdm",
+            "True",
+            "--output_dir",
+            str(output),
+            *extra,
+        ]
+    )
 
 
 def test_version_as_installed():

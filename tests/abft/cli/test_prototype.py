@@ -40,9 +40,16 @@ def folder(tmp_path_factory) -> Path:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(
         folder / "model"
@@ -101,7 +108,7 @@ def test_defaults_are_the_papers(folder):
         (["--lora_r", "4"], "lora_r", 4),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
-)  # fmt: skip
+)
 def test_each_option(folder, flags, field, value):
     assert getattr(options_of(folder, *flags), field) == value
 
@@ -180,7 +187,7 @@ def test_untested(folder, tmp_path):
         (["--MAUVE_prefix", "EMPTY"], "is an empty file"),
         (["--data", "nowhere"], "neither staicc nor a folder"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(folder, tmp_path, capsys, flags, message):
     (tmp_path / "empty").write_text("\n")
     flags = [str(tmp_path / "empty") if flag == "EMPTY" else flag for flag in flags]

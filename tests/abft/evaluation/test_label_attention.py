@@ -41,9 +41,16 @@ def prompts(builder):
 def model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=None, eos_token_id=None, initializer_range=1.0,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=1.0,
+    )
     return LlamaForCausalLM(config)
 
 

@@ -40,9 +40,13 @@ def staicc():
     from StaICC.util import configs, experimentor, functional, hgf_dataset_loader, stable_random
 
     return SimpleNamespace(
-        configs=configs, experimentor=experimentor, functional=functional, loaders=hgf_dataset_loader,
-        kernel=model_kernel, random=stable_random,
-    )  # fmt: skip
+        configs=configs,
+        experimentor=experimentor,
+        functional=functional,
+        loaders=hgf_dataset_loader,
+        kernel=model_kernel,
+        random=stable_random,
+    )
 
 
 @pytest.fixture(scope="module", params=range(10), ids=[task.name for task in TASKS])
@@ -298,16 +302,31 @@ def test_experiment_on_their_tasks(byte_level, tmp_path):
     from abft.experiments.experiment import PAPER_TASKS, Experiment, ExperimentOptions
 
     config = LlamaConfig(
-        vocab_size=len(byte_level), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096,
-    )  # fmt: skip
+        vocab_size=len(byte_level),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     byte_level.save_pretrained(tmp_path / "model")
     options = ExperimentOptions(
-        model=str(tmp_path / "model"), output_dir=str(tmp_path / "run"), tasks=["TREC", "6"], k=2, limit=3,
-        num_prompts=[8], pseudo_batch_size=8, num_train_epochs=1, staicc_labels=True, keep_weights=False, quiet=True,
-        methods=["vanilla", "abft"], tests=["Normal", "TempSensitivity"],
-    )  # fmt: skip
+        model=str(tmp_path / "model"),
+        output_dir=str(tmp_path / "run"),
+        tasks=["TREC", "6"],
+        k=2,
+        limit=3,
+        num_prompts=[8],
+        pseudo_batch_size=8,
+        num_train_epochs=1,
+        staicc_labels=True,
+        keep_weights=False,
+        quiet=True,
+        methods=["vanilla", "abft"],
+        tests=["Normal", "TempSensitivity"],
+    )
     experiment = Experiment(options)
     assert experiment.data["SUBJ"].task.labels == ("false", "true")
     runs = experiment.run()

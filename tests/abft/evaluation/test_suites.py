@@ -76,9 +76,11 @@ def test_wrong_labels_are_the_next_class(suite):
     ]
     assert set(changed) == {2}
     places = Counter(
-        i for p, q in zip(right, half, strict=True) for i in range(4)
+        i
+        for p, q in zip(right, half, strict=True)
+        for i in range(4)
         if p.demonstration_labels[i] != q.demonstration_labels[i]
-    )  # fmt: skip
+    )
     assert len(places) == 4
 
 

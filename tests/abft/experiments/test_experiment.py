@@ -92,8 +92,12 @@ def test_another_test_is_added_without_training(experiment_folder, experiment_op
 def test_more_of_the_same_experiment(experiment_options, tmp_path):
     """Another method and task in the same folder join what is there."""
     options = replace(
-        experiment_options, output_dir=str(tmp_path), tasks=["topics"], methods=["vanilla"], tests=["Normal"],
-    )  # fmt: skip
+        experiment_options,
+        output_dir=str(tmp_path),
+        tasks=["topics"],
+        methods=["vanilla"],
+        tests=["Normal"],
+    )
     Experiment(options).run()
     Experiment(replace(options, tasks=["moods"], methods=["vanilla", "calibration"])).run()
     results = Results(tmp_path)
@@ -105,9 +109,15 @@ def test_more_of_the_same_experiment(experiment_options, tmp_path):
 
 def test_interrupted_training_goes_on(experiment_options, tmp_path, monkeypatch):
     options = replace(
-        experiment_options, output_dir=str(tmp_path / "run"), tasks=["topics"], methods=["abft"], tests=["Normal"],
-        seeds=[0], num_train_epochs=3, generalization=False,
-    )  # fmt: skip
+        experiment_options,
+        output_dir=str(tmp_path / "run"),
+        tasks=["topics"],
+        methods=["abft"],
+        tests=["Normal"],
+        seeds=[0],
+        num_train_epochs=3,
+        generalization=False,
+    )
     whole = Experiment(options).run()[0]
     interrupted = replace(options, output_dir=str(tmp_path / "interrupted"))
     original = ABFTTrainer.training_step
@@ -133,9 +143,18 @@ def test_interrupted_training_goes_on(experiment_options, tmp_path, monkeypatch)
 
 def test_results_without_weights(experiment_options, tmp_path):
     options = replace(
-        experiment_options, output_dir=str(tmp_path), tasks=["topics"], methods=["abft"], tests=["Normal"], seeds=[0],
-        keep_weights=False, generalization=False, num_prompts=[8], pseudo_batch_size=8, batch_size=8,
-    )  # fmt: skip
+        experiment_options,
+        output_dir=str(tmp_path),
+        tasks=["topics"],
+        methods=["abft"],
+        tests=["Normal"],
+        seeds=[0],
+        keep_weights=False,
+        generalization=False,
+        num_prompts=[8],
+        pseudo_batch_size=8,
+        batch_size=8,
+    )
     Experiment(options).run()
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["experiment.json", "run.json"]
     with pytest.raises(ValueError, match="keeps no weights to test anew"):
@@ -144,9 +163,17 @@ def test_results_without_weights(experiment_options, tmp_path):
 
 def test_trained_but_not_tested(experiment_options, tmp_path):
     options = replace(
-        experiment_options, output_dir=str(tmp_path), train_tasks=["moods"], methods=["vanilla", "abft"], seeds=[0],
-        tests=["Normal"], test_trained=False, num_prompts=[8], pseudo_batch_size=8, batch_size=8,
-    )  # fmt: skip
+        experiment_options,
+        output_dir=str(tmp_path),
+        train_tasks=["moods"],
+        methods=["vanilla", "abft"],
+        seeds=[0],
+        tests=["Normal"],
+        test_trained=False,
+        num_prompts=[8],
+        pseudo_batch_size=8,
+        batch_size=8,
+    )
     runs = Experiment(options).run()
     assert [run.key.folder for run in runs] == ["vanilla-topics", "vanilla-moods", "abft-moods-n8-seed0"]
     assert runs[-1].training["steps"] == 1
@@ -181,7 +208,7 @@ def test_trained_but_not_tested(experiment_options, tmp_path):
         ({"model": str(MODEL)}, "was made with model='demo'"),
         ({"k": 100}, "tokens exceeds max_length=512"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused_before_work(experiment_folder, experiment_options, monkeypatch, changes, message):
     before = sorted(experiment_folder.rglob("*"))
     for name in ("load_base", "fit", "write_json"):

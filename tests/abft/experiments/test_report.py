@@ -94,9 +94,17 @@ def made(tmp_path, accuracies, *, methods=None, model="demo", **extra) -> Path:
     seeds = list(range(max(len(values) for by_task in accuracies.values() for values in by_task.values())))
     write_json(
         tmp_path / "experiment.json",
-        {"format_version": FORMAT_VERSION, "settings": settings, "tasks": tasks, "methods": list(accuracies),
-         "seeds": seeds, "num_prompts": [512], "tests": ["Normal"], "runs": keys},
-    )  # fmt: skip
+        {
+            "format_version": FORMAT_VERSION,
+            "settings": settings,
+            "tasks": tasks,
+            "methods": list(accuracies),
+            "seeds": seeds,
+            "num_prompts": [512],
+            "tests": ["Normal"],
+            "runs": keys,
+        },
+    )
     return tmp_path
 
 

@@ -246,9 +246,15 @@ def test_generate_with_a_cache(kind, side):
 
     def generate():
         return model.generate(
-            batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=12, do_sample=False,
-            pad_token_id=0, eos_token_id=49, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=49,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
 
     want = generate()
     enable(model)
@@ -267,9 +273,12 @@ def test_mass_over_a_cache():
     torch.testing.assert_close(torch.stack(outputs.attentions), want[:, :, :, 12:], atol=1e-6, rtol=1e-5)
     cache.crop(-1)
     outputs = model(
-        ids[:, 19:], past_key_values=cache, key_groups=groups, query_positions=torch.full((2, 1), 19),
+        ids[:, 19:],
+        past_key_values=cache,
+        key_groups=groups,
+        query_positions=torch.full((2, 1), 19),
         output_attentions=True,
-    )  # fmt: skip
+    )
     torch.testing.assert_close(torch.stack(outputs.attentions), want[:, :, :, 19:], atol=1e-6, rtol=1e-5)
 
 

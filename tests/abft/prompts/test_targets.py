@@ -288,9 +288,16 @@ def test_training_raises_the_mass_on_positive_keys(restricted, tmp_path):
         place = seed % 10
         items.append(AttentionTarget([*ids, ids[place]], [12], [place], None, ids[place + 1]))
     trainer = trainer_of(
-        tiny("llama"), items[:48], None, tmp_path, eval_dataset=items[48:], learning_rate=1e-2, num_train_epochs=8,
-        pseudo_batch_size=16, restricted_gradient=restricted,
-    )  # fmt: skip
+        tiny("llama"),
+        items[:48],
+        None,
+        tmp_path,
+        eval_dataset=items[48:],
+        learning_rate=1e-2,
+        num_train_epochs=8,
+        pseudo_batch_size=16,
+        restricted_gradient=restricted,
+    )
     before = evaluate(trainer.model, items[48:], progress=False)
     trainer.train()
     after = evaluate(trainer.model, items[48:], progress=False)

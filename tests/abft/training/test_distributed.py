@@ -68,7 +68,7 @@ def folder(toy_prompts, toy_builder, tmp_path_factory):
     torch.save(toy_prompts, folder / "prompts.pt")
     shared = dict(
         learning_rate=1e-3, use_cpu=True, disable_tqdm=True, save_strategy="no", num_train_epochs=2, ddp_backend="gloo"
-    )  # fmt: skip
+    )
     runs = []
     for name, (kind, options) in RUNS.items():
         options = dict(options)

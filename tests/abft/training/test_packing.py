@@ -105,11 +105,18 @@ def test_restricted_training_takes_another_way(toy_prompts, toy_builder, tmp_pat
 def test_bfloat16_stays_near_float32(restricted, toy_prompts, toy_builder, tmp_path):
     exact, half = (
         trained(
-            tiny("llama"), toy_prompts, toy_builder, tmp_path, restricted_gradient=restricted, head_filter=False,
-            packing=True, bf16=bf16, learning_rate=1e-2,
+            tiny("llama"),
+            toy_prompts,
+            toy_builder,
+            tmp_path,
+            restricted_gradient=restricted,
+            head_filter=False,
+            packing=True,
+            bf16=bf16,
+            learning_rate=1e-2,
         )
         for bf16 in (False, True)
-    )  # fmt: skip
+    )
     assert losses(half) == pytest.approx(losses(exact), rel=5e-3)
     assert losses(half) != losses(exact)
     assert losses(half)[-1] < losses(half)[0]

@@ -29,10 +29,17 @@ def saved(folder, name="LlamaConfig", **changes):
 def seven_billion(tmp_path_factory):
     """Qwen2.5-7B's configuration."""
     return saved(
-        tmp_path_factory.mktemp("7b"), "Qwen2Config", vocab_size=152064, hidden_size=3584, intermediate_size=18944,
-        num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=131072,
+        tmp_path_factory.mktemp("7b"),
+        "Qwen2Config",
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=131072,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
 
 
 def test_weights_of_a_known_model(seven_billion):

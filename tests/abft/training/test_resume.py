@@ -26,9 +26,13 @@ def test_resume_continues_the_trajectory(kind, changes, step, toy_prompts, toy_b
     changes = {**changes, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}
     whole = trained(tiny(kind, **LABEL_LOOKERS), toy_prompts, toy_builder, tmp_path, **changes)
     again = trained(
-        tiny(kind, **LABEL_LOOKERS), toy_prompts, toy_builder, tmp_path / "again",
-        resume=str(tmp_path / f"checkpoint-{step}"), **changes,
-    )  # fmt: skip
+        tiny(kind, **LABEL_LOOKERS),
+        toy_prompts,
+        toy_builder,
+        tmp_path / "again",
+        resume=str(tmp_path / f"checkpoint-{step}"),
+        **changes,
+    )
     assert losses(again) == losses(whole)
     assert again.objective.state_dict() == whole.objective.state_dict()
     if "method" not in changes:

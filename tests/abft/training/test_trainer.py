@@ -99,7 +99,7 @@ def test_a_step_is_the_mean_of_its_prompts(count, toy_prompts, toy_builder, tmp_
     seen = Gradients()
     trainer = trained(
         tiny("llama", **LABEL_LOOKERS), toy_prompts[:count], toy_builder, tmp_path, callbacks=[seen], num_train_epochs=1
-    )  # fmt: skip
+    )
     assert trainer.state.global_step == len(seen.steps) == 1
     want = single_gradients(toy_prompts[:count], toy_builder)
     assert seen.steps[0].keys() == want.keys()
@@ -124,18 +124,25 @@ def test_logged_loss_is_the_mean_over_the_prompts(toy_prompts, toy_builder, tmp_
     prompts = toy_prompts[:18]
     trainer = trained(
         tiny("llama", **LABEL_LOOKERS), prompts, toy_builder, tmp_path, num_train_epochs=1, wrong_penalty=0.7
-    )  # fmt: skip
+    )
     batch = Collator()(prompts)
     model = tiny("llama", **LABEL_LOOKERS)
     model.set_attn_implementation("abft")
     masses = attention_mass(
-        model, batch["input_ids"], batch["key_groups"], seq_lens=batch["seq_lens"],
+        model,
+        batch["input_ids"],
+        batch["key_groups"],
+        seq_lens=batch["seq_lens"],
         query_positions=batch["query_positions"],
-    )  # fmt: skip
+    )
     want = abft_loss(
-        masses, batch["correct_demonstrations"], batch["demonstrations"], batch["prompt_lengths"], wrong_penalty=0.7,
+        masses,
+        batch["correct_demonstrations"],
+        batch["demonstrations"],
+        batch["prompt_lengths"],
+        wrong_penalty=0.7,
         row_weights=batch["row_weights"],
-    )  # fmt: skip
+    )
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert 0 < want.selected.float().mean() < 1, "the filter passes all heads or none"
     assert entry["loss"] == pytest.approx(want.loss.item(), rel=1e-5)
@@ -147,9 +154,14 @@ def test_logged_loss_is_the_mean_over_the_prompts(toy_prompts, toy_builder, tmp_
 
 def test_the_penalty_follows_the_controller(toy_prompts, toy_builder, tmp_path):
     trainer = trained(
-        tiny("llama", **LABEL_LOOKERS), toy_prompts, toy_builder, tmp_path, learning_rate=1e-2, adaption="P",
+        tiny("llama", **LABEL_LOOKERS),
+        toy_prompts,
+        toy_builder,
+        tmp_path,
+        learning_rate=1e-2,
+        adaption="P",
         pid_proportional=0.5,
-    )  # fmt: skip
+    )
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     counts = [entry["induction_heads"] for entry in entries]
     assert counts == pytest.approx(trainer.objective.controller.head_counts)
@@ -190,7 +202,7 @@ def test_a_model_that_scales_no_loss_itself_is_not_scaled_twice(toy_prompts, toy
 def test_checkpoint_holds_the_trained_part_alone(toy_prompts, toy_builder, tmp_path):
     trainer = trained(
         tiny("llama"), toy_prompts, toy_builder, tmp_path, save_strategy="epoch", num_train_epochs=1, seed=7
-    )  # fmt: skip
+    )
     names = set(os.listdir(tmp_path / "checkpoint-2"))
     assert {"abft_config.json", "qk_weights.safetensors", "optimizer.pt", "trainer_state.json"} <= names
     assert not any(name.startswith(("model", "pytorch_model")) for name in names)
@@ -413,9 +425,15 @@ def test_warns_of_collapse(toy_prompts, toy_builder, tmp_path):
 def test_evaluation_does_not_disturb_training(toy_prompts, toy_builder, tmp_path):
     plain = trained(tiny("llama", **LABEL_LOOKERS), toy_prompts, toy_builder, tmp_path, num_train_epochs=2)
     watched = trained(
-        tiny("llama", **LABEL_LOOKERS), toy_prompts, toy_builder, tmp_path, num_train_epochs=2,
-        eval_dataset=toy_prompts[:8], eval_strategy="steps", eval_steps=1,
-    )  # fmt: skip
+        tiny("llama", **LABEL_LOOKERS),
+        toy_prompts,
+        toy_builder,
+        tmp_path,
+        num_train_epochs=2,
+        eval_dataset=toy_prompts[:8],
+        eval_strategy="steps",
+        eval_steps=1,
+    )
     assert_same_trajectory(plain, watched, tolerance=1e-9)
     entries = [entry for entry in watched.state.log_history if "eval_accuracy" in entry]
     assert len(entries) == 4
@@ -459,6 +477,10 @@ def test_a_checkpoint_of_another_method_is_refused(toy_prompts, toy_builder, tmp
     trained(tiny("llama"), toy_prompts, toy_builder, tmp_path, save_strategy="epoch", num_train_epochs=1)
     with pytest.raises(ValueError, match="is of a run with method='abft', this one has 'e2e'"):
         trained(
-            tiny("llama"), toy_prompts, toy_builder, tmp_path / "other", method="e2e",
+            tiny("llama"),
+            toy_prompts,
+            toy_builder,
+            tmp_path / "other",
+            method="e2e",
             resume=str(tmp_path / "checkpoint-2"),
-        )  # fmt: skip
+        )

@@ -34,9 +34,27 @@ def test_the_table_is_what_the_command_chooses(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = tmp_path / "derived.json"
     done = subprocess.run(
-        [sys.executable, "-m", "bench.compile.derive", "--arch", "90", "--only", "rows-4", "--widths", "64",
-         "--jobs", "1", "--json", str(path)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "bench.compile.derive",
+            "--arch",
+            "90",
+            "--only",
+            "rows-4",
+            "--widths",
+            "64",
+            "--jobs",
+            "1",
+            "--json",
+            str(path),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     entries = json.loads(path.read_text())["entries"]
     assert [entry["key"] for entry in entries] == [["rows", 4, 90, 64, 2], ["rows", 4, 90, 64, 16]]
