@@ -83,7 +83,7 @@ def test_its_first_loss_is_that_of_the_masses(toy_prompts, toy_builder, tmp_path
     batch = Collator()(prompts)
     masses = torch.stack(attention_mass(model, **{name: batch[name] for name in MASS_INPUTS if name in batch}))
     masses = masses[:, :, :, 0, 0]
-    per_prompt = -masses.log().sum(dim=(0, 2)) * (batch["correct_demonstrations"][:, 0] > 0)
+    per_prompt = -masses.clamp(min=1e-9).log().sum(dim=(0, 2)) * (batch["correct_demonstrations"][:, 0] > 0)
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert entry["loss"] == pytest.approx(per_prompt.mean().item(), rel=1e-5)
     assert entry["mass_per_prompt"] == pytest.approx(masses.sum().item() / 32, rel=1e-5)
