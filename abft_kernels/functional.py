@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import warnings
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -13,7 +15,7 @@ from abft_kernels.call import Call
 from abft_kernels.masking import Keywords, Masking
 from abft_kernels.merging import merge_masses
 from abft_kernels.pytorch import sdpa
-from abft_kernels.triton.launch import widest_head_tile
+from abft_kernels.triton.launch import refusal
 from abft_kernels.validation import Output, check_rows, make_call
 
 if TYPE_CHECKING:
@@ -39,15 +41,14 @@ def _triton_reason(
         return "triton is not installed (pip install triton)"
     if dtype == torch.float64:
         return "the Triton kernels have no float64"
-    widest = widest_head_tile(operator, dtype.itemsize, groups, device)
-    if head_dim > widest:
-        return (
-            f"head_dim {head_dim} is over {widest}, the most in {str(dtype).removeprefix('torch.')} with {groups} "
-            "groups on this GPU"
-        )
-    if device.type != "cuda" and not _triton_interpreted():
-        return f"the tensors are on {device.type}; set TRITON_INTERPRET=1 before Python starts to interpret"
-    return None
+    if device.type == "cuda" or _triton_interpreted():
+        return refusal(operator, head_dim, dtype.itemsize, groups, device)
+    return f"the tensors are on {device.type}; set TRITON_INTERPRET=1 before Python starts to interpret"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def available_backends(device: str | torch.device = "cpu") -> dict[Backend, str]:
@@ -63,6 +64,8 @@ def _choose(backend: Backend, q: Tensor, v: Tensor | None, operator: str, groups
     if backend == "auto":
         on_gpu = q.device.type == "cuda"
         reason = _triton_reason(operator, q.device, q.dtype, widest, groups) if on_gpu else "no GPU"
+        if reason and on_gpu and q.dtype != torch.float64:
+            _warn_once(f"backend 'auto' takes PyTorch, not Triton: {reason}")
         return "torch" if reason else "triton"
     if backend == "triton" and (reason := _triton_reason(operator, q.device, q.dtype, widest, groups)):
         raise NotImplementedError(f"backend 'triton' cannot run this: {reason}; backend='torch' can")

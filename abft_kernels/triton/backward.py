@@ -22,12 +22,34 @@ from torch import Tensor
 
 from abft_kernels.call import Call
 from abft_kernels.merging import sink_gradient
-from abft_kernels.triton.common import load_tile, locate, matmul, one_head, rounded, store_tile
+from abft_kernels.triton.common import (
+    UNSPECIALIZED,
+    load_tile,
+    locate,
+    locate_packed,
+    matmul,
+    one_head,
+    rounded,
+    store_tile,
+)
 from abft_kernels.triton.labels import add_column, any_label, group_weight, key_labels, load_groups, sample_labels
-from abft_kernels.triton.launch import launch_config, preprocess_block
+from abft_kernels.triton.launch import SMALL, launch_config, preprocess_block
 from abft_kernels.triton.masks import block_start, key_phases, keys_and_queries, phase_range, row_phases, seen_keys
 from abft_kernels.triton.softmax import LOG2E, dropout_keep, head_dropout, head_scores, probabilities
-from abft_kernels.triton.structs import Dropout, Features, Heads, Rows, Scores, Sequences, Shape, features, head_tile
+from abft_kernels.triton.structs import (
+    Dropout,
+    Features,
+    HeadCounts,
+    Heads,
+    Rows,
+    Scores,
+    Sequences,
+    Shape,
+    Sizes,
+    features,
+    head_tile,
+    seed_halves,
+)
 
 
 class KeyTile(NamedTuple):
@@ -68,12 +90,12 @@ class HeadRows(NamedTuple):
     n_q: tl.tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _mass_attn_bwd_preprocess_kernel(out, do, mass, lse, dlse, statistics, heads, n_q, num_tiles, F: tl.constexpr):
     BLOCK_M: tl.constexpr = F.block_m
     BLOCK_DV: tl.constexpr = F.block_dv
     GROUPS: tl.constexpr = F.groups
-    at = locate(None, heads, num_tiles, BLOCK_M, False, False)
+    at = locate(heads, num_tiles, BLOCK_M, False)
     offs_m = at.start + tl.arange(0, BLOCK_M)
     in_range = offs_m < n_q
     row = at.bh * n_q + offs_m
@@ -144,7 +166,6 @@ def _key_block(
     BLOCK_D: tl.constexpr = F.block_d
     BLOCK_DV: tl.constexpr = F.block_dv
     GROUPS: tl.constexpr = F.groups
-    PRECISION: tl.constexpr = F.precision
     offs_m = start_m + tl.arange(0, BLOCK_M)
     # Rows that see the whole block are all the sequence's own.
     q = load_tile(q_rows, start_m, offs_m, tl.arange(0, BLOCK_D), queries.first, queries.limit, F.head_dim, MASKED)
@@ -159,13 +180,13 @@ def _key_block(
     if F.v:
         offs_dv = tl.arange(0, BLOCK_DV)
         do = load_tile(do_rows, start_m, offs_m, offs_dv, queries.first, queries.limit, F.head_dim_v, MASKED)
-        dp = matmul(tile.v, tl.trans(do), None, PRECISION)
+        dp = matmul(tile.v, tl.trans(do), None)
         kept = p
         if F.dropout:
             keep = dropout_keep(dropout, offs_m[None, :], cols)
             kept = tl.where(keep, p * dropout.scale, 0.0)
             dp = tl.where(keep, dp * dropout.scale, 0.0)
-        dv = matmul(rounded(kept, do.dtype), do, dv, PRECISION)
+        dv = matmul(rounded(kept, do.dtype), do, dv)
         slope += dp
     if F.groups > 0:
         wanted, some = _wanted_rows(statistics, head, offs_m, lse2, F)
@@ -176,21 +197,27 @@ def _key_block(
                 slope += w[:, None] * dmass[None, :]
                 if F.dw:
                     dw = add_column(dw, g, tl.sum(p * dmass[None, :], 1), F.groups_pad)
-    dk = matmul(rounded(_score_gradient(p, slope, capped, F), q.dtype), q, dk, PRECISION)
+    dk = matmul(rounded(_score_gradient(p, slope, capped, F), q.dtype), q, dk)
     return dk, dv, dw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _mass_attn_bwd_kv_kernel(
-    q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, sequences, shape, F: tl.constexpr
-):
+    q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, seed_low, seed_high, sequences, counts,
+    n_q, n_k, offset, num_tiles, num_sequences, F: tl.constexpr,
+):  # fmt: skip
     BLOCK_N: tl.constexpr = F.block_n
     BLOCK_D: tl.constexpr = F.block_d
     BLOCK_DV: tl.constexpr = F.block_dv
     GROUPS: tl.constexpr = F.groups
     GROUPS_PAD: tl.constexpr = F.groups_pad
     # Causal: the first keys have the most rows, and their tiles come first.
-    at = locate(sequences.tiles, shape.heads // shape.group_size, shape.num_tiles, BLOCK_N, False, F.packed)
+    kv_heads = counts.heads // counts.group_size
+    if F.packed:
+        at = locate_packed(sequences, num_sequences, kv_heads, num_tiles, n_k, BLOCK_N)
+    else:
+        at = locate(kv_heads, num_tiles, BLOCK_N, False)
+    shape = Shape(counts.heads, counts.group_size, n_q, n_k, offset)
     offs_n = at.start + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -224,7 +251,8 @@ def _mass_attn_bwd_kv_kernel(
         if F.v:
             do_rows = one_head(do, at.b, off_h)
         head = HeadRows(off_bh * shape.n_q, at.b * shape.n_q, shape.n_q)
-        of_scores, of_dropout = head_scores(scores, off_bh, F), head_dropout(dropout, off_bh)
+        of_scores = head_scores(scores, off_bh, F)
+        of_dropout = head_dropout(dropout, seed_low, seed_high, off_bh, F)
         for MASKED in tl.static_range(1, -1, -1):
             begin, end = phase_range(phases, MASKED)
             for block in tl.range(begin, end, 1 if MASKED else F.block_m, num_stages=1 if MASKED else None):
@@ -272,7 +300,6 @@ def _row_block(
     BLOCK_D: tl.constexpr = F.block_d
     BLOCK_DV: tl.constexpr = F.block_dv
     GROUPS: tl.constexpr = F.groups
-    PRECISION: tl.constexpr = F.precision
     offs_n = start_n + tl.arange(0, BLOCK_N)
     cols = offs_n[None, :]
     k = load_tile(k_rows, start_n, offs_n, tl.arange(0, BLOCK_D), keys.start, keys.end, F.head_dim, MASKED)
@@ -282,7 +309,7 @@ def _row_block(
     slope = tl.zeros_like(p) - tile.delta[:, None]
     if F.v:
         v = load_tile(v_rows, start_n, offs_n, tl.arange(0, BLOCK_DV), keys.start, keys.end, F.head_dim_v, MASKED)
-        dp = matmul(tile.do, tl.trans(v), None, PRECISION)
+        dp = matmul(tile.do, tl.trans(v), None)
         if F.dropout:
             dp = tl.where(dropout_keep(dropout, tile.offs[:, None], cols), dp * dropout.scale, 0.0)
         slope += dp
@@ -293,17 +320,22 @@ def _row_block(
                 dmass = _load_dmass(statistics, head, g, tile.offs, tile.wanted, F)
                 w = group_weight(g, group, labels, offs_n, keys, F)
                 slope += dmass[:, None] * w[None, :]
-    return matmul(rounded(_score_gradient(p, slope, capped, F), k.dtype), k, dq, PRECISION)
+    return matmul(rounded(_score_gradient(p, slope, capped, F), k.dtype), k, dq)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _mass_attn_bwd_q_kernel(
-    q, k, v, do, labels, statistics, dq, scale, scores, dropout, sequences, shape, F: tl.constexpr
-):
+    q, k, v, do, labels, statistics, dq, scale, scores, dropout, seed_low, seed_high, sequences, counts,
+    n_q, n_k, offset, num_tiles, num_sequences, F: tl.constexpr,
+):  # fmt: skip
     BLOCK_M: tl.constexpr = F.block_m
     BLOCK_D: tl.constexpr = F.block_d
     BLOCK_DV: tl.constexpr = F.block_dv
-    at = locate(sequences.tiles, shape.heads, shape.num_tiles, BLOCK_M, True, F.packed)
+    if F.packed:
+        at = locate_packed(sequences, num_sequences, counts.heads, num_tiles, n_q, BLOCK_M)
+    else:
+        at = locate(counts.heads, num_tiles, BLOCK_M, True)
+    shape = Shape(counts.heads, counts.group_size, n_q, n_k, offset)
     offs_m = at.start + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     keys, queries = keys_and_queries(sequences, at.sequence, shape, F)
@@ -325,7 +357,7 @@ def _mass_attn_bwd_q_kernel(
     wanted, some = _wanted_rows(statistics, head, offs_m, lse2, F)
     labels = sample_labels(labels, at.b, shape.n_k, some, F)
     scores = head_scores(scores, at.bh, F)
-    dropout = head_dropout(dropout, at.bh)
+    dropout = head_dropout(dropout, seed_low, seed_high, at.bh, F)
     tile = RowTile(q_tile, do_tile, lse2, delta, wanted, offs_m)
     phases = key_phases(at.start, keys, queries, F)
 
@@ -394,7 +426,15 @@ def backward(
     statistics = Statistics(torch.empty_like(delta), delta, dmass, call.row_mask)
     inputs = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(do))
     scores, dropout, width = Scores.of(call), Dropout.of(call), head_tile(q, v)
-    shape = Shape(heads, heads // kv_heads, n_q, n_k, 0, call.row_offset)
+    of_call = (
+        call.scale,
+        scores,
+        dropout,
+        *seed_halves(call),
+        Sequences.of(call),
+        HeadCounts(heads, heads // kv_heads),
+    )
+    shape = Sizes.of(call, n_q, n_k)
     launch = launch_config("backward_kv", width, q.element_size(), groups, q.device)
     of_keys = features(q, v, call, launch, groups, dw=want_dw)
 
@@ -403,23 +443,20 @@ def backward(
     of = Features(head_dim_v=of_keys.head_dim_v, block_dv=of_keys.block_dv, block_m=block, groups=groups, v=of_keys.v)
     of = of._replace(dlse=dlse is not None)
     _mass_attn_bwd_preprocess_kernel[(num_tiles * batch * heads,)](
-        Heads.of(out), inputs[3], mass, lse, dlse, statistics, heads, n_q, num_tiles, of, num_warps=4
+        Heads.of(out), inputs[3], mass, lse, dlse, statistics, heads, n_q, num_tiles, of, **SMALL.options
     )
     if call.sinks is not None:
         dsinks = sink_gradient(call.sinks, lse, delta)
 
-    sequences, num_tiles = Sequences.tiled(call, n_k, launch.block_n)
-    of_call = (call.scale, scores, dropout, sequences, shape._replace(num_tiles=num_tiles))
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    _mass_attn_bwd_kv_kernel[(num_tiles * batch * kv_heads,)](
-        *inputs, key_labels(call, groups), statistics, dk, dv, dw, *of_call, of_keys, **options
+    sizes = shape.tiled(call, n_k, launch.block_n)
+    _mass_attn_bwd_kv_kernel[(sizes.num_tiles * batch * kv_heads,)](
+        *inputs, key_labels(call, groups), statistics, dk, dv, dw, *of_call, *sizes, of_keys, **launch.options
     )
 
     launch = launch_config("backward_q", width, q.element_size(), groups, q.device)
-    sequences, num_tiles = Sequences.tiled(call, n_q, launch.block_m)
+    sizes = shape.tiled(call, n_q, launch.block_m)
     labels, of = key_labels(call, groups, launch.block_n), features(q, v, call, launch, groups)
-    of_call = (call.scale, scores, dropout, sequences, shape._replace(num_tiles=num_tiles))
-    _mass_attn_bwd_q_kernel[(num_tiles * batch * heads,)](
-        *inputs, labels, statistics, dq, *of_call, of, num_warps=launch.num_warps, num_stages=launch.num_stages
+    _mass_attn_bwd_q_kernel[(sizes.num_tiles * batch * heads,)](
+        *inputs, labels, statistics, dq, *of_call, *sizes, of, **launch.options
     )
     return Gradients(dq, dk, dv, dw.sum(1) if want_dw else dw, dsinks)

@@ -6,12 +6,12 @@ m = max_s lse_s      out = Σ_s out_s·2^(lse_s − m) / Σ_s 2^(lse_s − m)   
 import triton
 import triton.language as tl
 
-from abft_kernels.triton.common import load_tile, scatter, store_tile
+from abft_kernels.triton.common import UNSPECIALIZED, load_tile, scatter, store_tile
 from abft_kernels.triton.softmax import LN2, finish
 from abft_kernels.triton.structs import Rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def row_mass_combine_kernel(
     part_out, part_lse, part_mass, sinks, out, lse, mass, total_rows, heads, num_rows, num_splits, F: tl.constexpr
 ):
@@ -53,7 +53,7 @@ def row_mass_combine_kernel(
         scatter(pointers, out.d, acc, in_range, F.head_dim_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def row_mass_dq_kernel(part_dq, dq, total_rows, num_splits, F: tl.constexpr):
     BLOCK_M: tl.constexpr = F.block_m
     BLOCK_D: tl.constexpr = F.block_d

@@ -16,14 +16,20 @@ def _nothing():
 INTERPRETED = not isinstance(_nothing, triton.runtime.JITFunction)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
+# Arguments of the kernels for whose values Triton compiles nothing anew: they change from batch to batch.
+UNSPECIALIZED = (
+    *("seed_low", "seed_high", "n_q", "n_k", "offset", "num_tiles", "num_sequences"),
+    *("blocks_per_split", "key_offset", "num_splits", "total_rows"),
+)
+
 
 @triton.jit
-def matmul(a, b, acc, PRECISION: tl.constexpr):
+def matmul(a, b, acc):
     """Compute a @ b + acc in float32; acc may be None."""
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -38,20 +44,37 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def locate(tiles, heads, num_tiles, block, LAST_FIRST: tl.constexpr, PACKED: tl.constexpr):
-    """Return the place of this program's tile of `block` rows; `tiles` tells where those of packed sequences are.
+def locate(heads, num_tiles, block, LAST_FIRST: tl.constexpr):
+    """Return the place of this program's tile of `block` rows.
 
     One grid dimension holds tiles, heads and samples: the others end at 65,535.
     """
     bh = (tl.program_id(0) // num_tiles).to(tl.int64)
     tile = tl.program_id(0) % num_tiles
     b = bh // heads
-    sequence = b
     start = (num_tiles - 1 - tile if LAST_FIRST else tile) * block
-    if PACKED:
-        sequence = tl.load(tiles + 2 * tile)
-        start = tl.load(tiles + 2 * tile + 1)
-    return Place(b, bh % heads, bh, sequence, start)
+    return Place(b, bh % heads, bh, b, start)
+
+
+@triton.jit
+def locate_packed(sequences, num_sequences, heads, num_tiles, total, BLOCK: tl.constexpr):
+    """Return the place of this program's tile of packed sequences; a tile lies within one of them.
+
+    The tiles of sequence s begin with number start_s // BLOCK + s: no fewer than it fills, and known without the
+    lengths of the others, so that no map of tiles has to be made. A tile that it does not fill begins at `total`,
+    where it finds nothing to do. The last tiles come first.
+    """
+    at = locate(heads, num_tiles, 1, True)
+    sequence = -1
+    for first in range(0, num_sequences, 128):
+        index = first + tl.arange(0, 128)
+        starts = tl.load(sequences.starts + index, mask=index < num_sequences, other=0)
+        begun = (index < num_sequences) & (starts // BLOCK + index <= at.start)
+        sequence += tl.sum(begun.to(tl.int32), 0)
+    first = tl.load(sequences.starts + sequence)
+    start = first + (at.start - first // BLOCK - sequence) * BLOCK
+    start = tl.where(start < tl.load(sequences.ends + sequence), start, total)
+    return Place(at.b, at.h, at.bh, sequence, start)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ The sum for mass uses the float32 p, not the rounded one that meets V: at mass 0
 exceed 1 − mass. Blocks of keys without a label, and tiles without a wanted row, skip the mass sums; blocks that
 every row sees whole skip the masking. Without V there is the mass alone.
 
-Packed sequences share one batch: a tile of rows lies within one sequence, and `Sequences.tiles` tells which.
+Packed sequences share one batch: a tile of rows lies within one sequence (`locate_packed`).
 """
 
 import torch
@@ -22,12 +22,33 @@ from torch import Tensor
 
 from abft_kernels.call import Call
 from abft_kernels.triton import rows as row_kernel
-from abft_kernels.triton.common import load_tile, locate, matmul, one_head, rounded, scatter, store_tile
+from abft_kernels.triton.common import (
+    UNSPECIALIZED,
+    load_tile,
+    locate,
+    locate_packed,
+    matmul,
+    one_head,
+    rounded,
+    scatter,
+    store_tile,
+)
 from abft_kernels.triton.labels import add_masses, any_label, key_labels, sample_labels
-from abft_kernels.triton.launch import decodes, launch_config
+from abft_kernels.triton.launch import decodes, launch_config, serves
 from abft_kernels.triton.masks import any_key, block_start, key_phases, keys_and_queries, phase_range, seen_keys
 from abft_kernels.triton.softmax import LN2, base2_scores, dropout_keep, finish, head_dropout, head_scores, softmax_step
-from abft_kernels.triton.structs import Dropout, Heads, Scores, Sequences, Shape, features, head_tile
+from abft_kernels.triton.structs import (
+    Dropout,
+    HeadCounts,
+    Heads,
+    Scores,
+    Sequences,
+    Shape,
+    Sizes,
+    features,
+    head_tile,
+    seed_halves,
+)
 
 
 @triton.jit
@@ -39,7 +60,6 @@ def _forward_block(
     BLOCK_N: tl.constexpr = F.block_n
     BLOCK_D: tl.constexpr = F.block_d
     BLOCK_DV: tl.constexpr = F.block_dv
-    PRECISION: tl.constexpr = F.precision
     offs_n = start_n + tl.arange(0, BLOCK_N)
     cols = offs_n[None, :]
     k = load_tile(k_rows, start_n, offs_n, tl.arange(0, BLOCK_D), keys.start, keys.end, F.head_dim, MASKED)
@@ -53,7 +73,7 @@ def _forward_block(
         kept = p
         if F.dropout:
             kept = tl.where(dropout_keep(dropout, offs_m[:, None], cols), p * dropout.scale, 0.0)
-        acc = matmul(rounded(kept, v.dtype), v, acc, PRECISION)
+        acc = matmul(rounded(kept, v.dtype), v, acc)
     if F.groups > 0:
         mass = mass * alpha[:, None]
         if any_label(labels, start_n, F):
@@ -61,16 +81,21 @@ def _forward_block(
     return acc, l_i, m_i, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _mass_attn_fwd_kernel(
-    q, k, v, out, mass, lse, labels, row_mask, sinks, scores, dropout, sequences, shape, F: tl.constexpr
-):
+    q, k, v, out, mass, lse, labels, row_mask, sinks, scores, dropout, seed_low, seed_high, sequences, counts,
+    n_q, n_k, offset, num_tiles, num_sequences, F: tl.constexpr,
+):  # fmt: skip
     BLOCK_M: tl.constexpr = F.block_m
     BLOCK_D: tl.constexpr = F.block_d
     BLOCK_DV: tl.constexpr = F.block_dv
     GROUPS_PAD: tl.constexpr = F.groups_pad
     # Causal rows grow with their index: longest first evens out the tail.
-    at = locate(sequences.tiles, shape.heads, shape.num_tiles, BLOCK_M, True, F.packed)
+    if F.packed:
+        at = locate_packed(sequences, num_sequences, counts.heads, num_tiles, n_q, BLOCK_M)
+    else:
+        at = locate(counts.heads, num_tiles, BLOCK_M, True)
+    shape = Shape(counts.heads, counts.group_size, n_q, n_k, offset)
     offs_m = at.start + tl.arange(0, BLOCK_M)
     keys, queries = keys_and_queries(sequences, at.sequence, shape, F)
     rows = (offs_m + shape.offset)[:, None]
@@ -87,7 +112,7 @@ def _mass_attn_fwd_kernel(
         active = tl.max(wanted.to(tl.int32), 0)
     labels = sample_labels(labels, at.b, shape.n_k, active, F)
     scores = head_scores(scores, at.bh, F)
-    dropout = head_dropout(dropout, at.bh)
+    dropout = head_dropout(dropout, seed_low, seed_high, at.bh, F)
     q_rows, offs_d = one_head(q, at.b, at.h), tl.arange(0, BLOCK_D)
     tile = load_tile(q_rows, at.start, offs_m, offs_d, queries.first, queries.limit, F.head_dim, True)
     phases = key_phases(at.start, keys, queries, F)
@@ -138,19 +163,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor | None, call: Call) -> tuple[Tensor,
         lse.fill_(float("-inf"))
     if lse.numel() == 0:
         return out, mass, lse
-    if v is not None and not call.packed and call.row_mask is None and call.dropout_p == 0:  # noqa: SIM102
-        if n_k > 0 and decodes(n_q, heads // kv_heads, n_k):
-            # Positions may not be negative: they are counted from row 0, which stands at `row_offset`.
-            positions = torch.arange(n_q, device=q.device, dtype=torch.int32).expand(batch, -1)
-            row_kernel.forward_into(out, mass, lse, q, k, v, positions, call._replace(key_offset=-call.row_offset))
-            return out, mass, lse
-    launch = launch_config("forward", head_tile(q, v), q.element_size(), groups, q.device)
-    sequences, num_tiles = Sequences.tiled(call, n_q, launch.block_m)
+    of_table = (head_tile(q, v), q.element_size(), groups, q.device)
+    few = v is not None and not call.packed and call.row_mask is None and call.dropout_p == 0
+    if few and decodes(n_q, heads // kv_heads, n_k) and serves("decode", *of_table):
+        # Positions may not be negative: they are counted from row 0, which stands at `row_offset`.
+        positions = torch.arange(n_q, device=q.device, dtype=torch.int32).expand(batch, -1)
+        row_kernel.forward_into(out, mass, lse, q, k, v, positions, call._replace(key_offset=-call.row_offset))
+        return out, mass, lse
+    launch = launch_config("forward", *of_table)
+    sizes = Sizes.of(call, n_q, n_k).tiled(call, n_q, launch.block_m)
     inputs = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(out))
     chosen = (key_labels(call, groups, launch.block_n), call.row_mask, call.sinks, Scores.of(call), Dropout.of(call))
-    sizes = Shape(heads, heads // kv_heads, n_q, n_k, num_tiles, call.row_offset)
+    of_call = (*seed_halves(call), Sequences.of(call), HeadCounts(heads, heads // kv_heads))
     of = features(q, v, call, launch, groups, sinks=call.sinks is not None)
-    _mass_attn_fwd_kernel[(num_tiles * batch * heads,)](
-        *inputs, mass, lse, *chosen, sequences, sizes, of, num_warps=launch.num_warps, num_stages=launch.num_stages
+    _mass_attn_fwd_kernel[(sizes.num_tiles * batch * heads,)](
+        *inputs, mass, lse, *chosen, *of_call, *sizes, of, **launch.options
     )
     return out, mass, lse

@@ -13,8 +13,7 @@ from abft_kernels.triton.structs import KeyLabels, Labels
 def key_labels(call: Call, groups: int, block: int = 0) -> Labels:
     """Return the labels of the keys for `groups` groups; with `block`, the map of labelled blocks too."""
     keys = (call.groups if call.weights is None else call.weights) if groups else None
-    blocks = _labelled_blocks(keys, block) if block and keys is not None else None
-    return Labels(keys, blocks, 0 if blocks is None else blocks.shape[1])
+    return Labels(keys, _labelled_blocks(keys, block) if block and keys is not None else None)
 
 
 def _labelled_blocks(labels: Tensor, block: int) -> Tensor:
@@ -34,7 +33,7 @@ def sample_labels(labels, b, n_k, active, F: tl.constexpr):
     if F.groups > 0:
         keys = labels.keys + b * n_k * (F.groups if F.weights else 1)
         if labels.blocks is not None:
-            blocks = labels.blocks + b * labels.num_blocks
+            blocks = labels.blocks + b * tl.cdiv(n_k, F.block_n)
     return KeyLabels(keys, blocks, n_k, active)
 
 

@@ -1,46 +1,141 @@
 """Launch configurations: how a call is cut, from one frozen table (`abft_kernels.triton.launch_table`).
 
-No autotuning at run time: the same input gives the same launch, and so the same bits.
+No autotuning at run time: the same input on the same kind of GPU gives the same launch, and so the same bits.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 
-from abft_kernels.triton.launch_table import ARCHITECTURES, TABLE, Launch
+from abft_kernels.triton.launch_table import TABLE, Entry, Launch
+
+__all__ = [
+    "GPU",
+    "SMALL",
+    "Launch",
+    "decodes",
+    "family_of",
+    "gpu_of",
+    "launch_config",
+    "preprocess_block",
+    "refusal",
+    "row_splits",
+    "serves",
+]
+
+# Of the kernels that only move data.
+SMALL = Launch(0, 0, 4, 3)
+
+_OLDEST = {"sm_": "sm_80", "gfx": "gfx90a (CDNA 2) or gfx1100 (RDNA 3)"}
 
 
-def table_architecture(capability: int) -> int:
-    """Return the part of the table that serves a GPU of compute capability `capability` (10·major + minor)."""
-    return max((arch for arch in ARCHITECTURES if arch <= capability), default=min(ARCHITECTURES))
+class GPU(NamedTuple):
+    """What a launch is chosen by."""
+
+    name: str  # sm_90, gfx942
+    family: str | None  # the part of the table; None: no part serves it
+    shared_memory: int  # bytes that one program may have
+
+    @property
+    def reason(self) -> str | None:
+        """Return why no launch serves this GPU, or None."""
+        if self.family is None:
+            return f"this GPU is {self.name}; the kernels need {_OLDEST[self.name[:3]]} or newer"
+        return None
 
 
-def architecture(device: torch.device) -> int:
-    """Return the part of the table for `device`; the interpreter takes Hopper's."""
+def family_of(name: str) -> str | None:
+    """Return the part of the table for an architecture such as "sm_90" or "gfx942"; None if it is too old.
+
+    What is newer than this table takes entries that need no instruction of one generation and little shared memory.
+    """
+    if name.startswith("sm_"):
+        major = int(name.removeprefix("sm_")) // 10
+        if major < 8:
+            return None
+        # sm_12x has the matrix instructions of sm_80, and as little shared memory as sm_86.
+        return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+    if name.startswith(("gfx90a", "gfx94", "gfx95")):
+        return "cdna"
+    return "rdna" if len(name) == 7 and name[3:] >= "1100" else None
+
+
+# The interpreter takes Hopper's part of the table.
+_INTERPRETER = GPU("sm_90", "sm_90", 227 << 10)
+
+
+@torch.compiler.assume_constant_result
+def gpu_of(device: torch.device) -> GPU:
+    """Return what launches on `device` are chosen by."""
     if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return table_architecture(10 * major + minor)
+        return _INTERPRETER
+    return _properties(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _properties(index: int) -> GPU:
+    from triton.runtime import driver
+
+    # The bytes that Triton itself compares with: all that a program may opt in to.
+    shared_memory = driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    properties = torch.cuda.get_device_properties(index)
+    hip = torch.version.hip is not None
+    name = properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
+    return GPU(name, family_of(name), shared_memory)
 
 
 # The kernels of an operator; all must serve a call, the backward ones too.
 _KERNELS = {"fused": ("forward", "backward_kv", "backward_q"), "rows": ("rows",)}
 
 
-def widest_head_tile(operator: str, element_size: int, groups: int, device: torch.device) -> int:
-    """Return the widest head tile that `operator` ("fused" or "rows") has launches for; 0 if none."""
-    arch, widest = architecture(device), []
-    for kernel in _KERNELS[operator]:  # an explicit loop: torch.compile must be able to trace it
-        widest.append(max([width for width, most, _ in TABLE[kernel, element_size, arch] if groups <= most] + [0]))
-    return min(widest)
+def _entries(kernel: str, element_size: int, groups: int, gpu: GPU) -> list[Entry]:
+    """Return the entries that serve so many groups and fit this GPU; narrow head tiles first."""
+    entries = []
+    if gpu.family is not None:
+        for entry in TABLE[kernel, element_size, gpu.family]:  # an explicit loop, for torch.compile to trace
+            if groups <= entry.groups and entry.shared_memory <= gpu.shared_memory:
+                entries.append(entry)
+    return entries
+
+
+def _find(kernel: str, head_tile: int, element_size: int, groups: int, gpu: GPU) -> Launch | None:
+    for entry in _entries(kernel, element_size, groups, gpu):
+        if head_tile <= entry.head_tile:
+            return entry.launch
+    return None
+
+
+def serves(kernel: str, head_tile: int, element_size: int, groups: int, device: torch.device) -> bool:
+    """Return True if the table has a launch of `kernel` for this call."""
+    return _find(kernel, head_tile, element_size, groups, gpu_of(device)) is not None
+
+
+def refusal(operator: str, head_dim: int, element_size: int, groups: int, device: torch.device) -> str | None:
+    """Return why no launch of `operator` ("fused" or "rows") serves this call on `device`, or None."""
+    gpu = gpu_of(device)
+    if gpu.reason:
+        return gpu.reason
+    for kernel in _KERNELS[operator]:
+        if _find(kernel, head_dim, element_size, groups, gpu) is None:
+            widest = max([0] + [entry.head_tile for entry in _entries(kernel, element_size, groups, gpu)])
+            return (
+                f"head_dim {head_dim} is over {widest}, the most of the {kernel} kernel in {8 * element_size} bits "
+                f"with {groups} groups on {gpu.name} with {gpu.shared_memory >> 10} KiB of shared memory"
+            )
+    return None
 
 
 def launch_config(kernel: str, head_tile: int, element_size: int, groups: int, device: torch.device) -> Launch:
     """Return the launch of `kernel` for head tiles of this width, elements of so many bytes, and G groups."""
-    for width, most_groups, launch in TABLE[kernel, element_size, architecture(device)]:
-        if head_tile <= width and groups <= most_groups:
-            return launch
-    raise NotImplementedError(f"no {kernel} launch for head tiles of {head_tile}; backend='torch' has no limit")
+    launch = _find(kernel, head_tile, element_size, groups, gpu_of(device))
+    if launch is None:
+        raise NotImplementedError(
+            f"no {kernel} launch for head tiles of {head_tile} on {gpu_of(device).name}; backend='torch' has no limit"
+        )
+    return launch
 
 
 def decodes(n_q: int, group_size: int, n_k: int) -> bool:

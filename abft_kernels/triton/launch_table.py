@@ -3,7 +3,7 @@
 No register spills and within shared memory by the compiler's report; not tuned on a GPU.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Launch(NamedTuple):
@@ -14,153 +14,207 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the launch. Fused multiply-add is named: the compiler's default is off from Triton 3.10 on."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
-ARCHITECTURES = (80, 90, 100)
 
-# (kernel, element size, architecture) -> (widest head tile, most groups, launch): the first that fits.
-TABLE: dict[tuple[str, int, int], list[tuple[int, int, Launch]]] = {
-    ("forward", 2, 80): [
-        (64, 16, Launch(128, 64, 8, 3)),
-        (128, 16, Launch(128, 32, 8, 3)),
-        (256, 16, Launch(64, 32, 8, 2)),
-        (512, 16, Launch(32, 16, 8, 2)),
+class Entry(NamedTuple):
+    """A launch, the widest head tile and the most groups that it serves, and the bytes of shared memory of its largest
+    form."""
+
+    head_tile: int
+    groups: int
+    launch: Launch
+    shared_memory: int
+
+
+# (kernel, element size, family of GPUs): the first entry that serves a call and fits the GPU is taken.
+TABLE: dict[tuple[str, int, str], list[Entry]] = {
+    ("forward", 2, "sm_80"): [
+        Entry(64, 16, Launch(128, 64, 8, 3), 0),
+        Entry(128, 16, Launch(128, 32, 8, 3), 0),
+        Entry(256, 16, Launch(64, 32, 8, 2), 0),
+        Entry(512, 16, Launch(32, 16, 8, 2), 0),
     ],
-    ("forward", 2, 90): [
-        (64, 2, Launch(128, 64, 8, 3)),
-        (64, 16, Launch(64, 32, 4, 3)),
-        (128, 2, Launch(128, 64, 8, 3)),
-        (128, 16, Launch(128, 32, 8, 3)),
-        (256, 2, Launch(128, 32, 8, 2)),
-        (256, 16, Launch(32, 32, 8, 2)),
-        (512, 16, Launch(32, 16, 8, 2)),
+    ("forward", 2, "sm_90"): [
+        Entry(64, 2, Launch(128, 64, 8, 3), 0),
+        Entry(64, 16, Launch(64, 32, 4, 3), 0),
+        Entry(128, 2, Launch(128, 64, 8, 3), 0),
+        Entry(128, 16, Launch(128, 32, 8, 3), 0),
+        Entry(256, 2, Launch(128, 32, 8, 2), 0),
+        Entry(256, 16, Launch(32, 32, 8, 2), 0),
+        Entry(512, 16, Launch(32, 16, 8, 2), 0),
     ],
-    ("forward", 2, 100): [
-        (64, 16, Launch(128, 64, 8, 3)),
-        (128, 2, Launch(128, 64, 8, 3)),
-        (128, 16, Launch(64, 64, 4, 2)),
-        (256, 16, Launch(64, 64, 8, 2)),
-        (512, 16, Launch(32, 16, 8, 2)),
+    ("forward", 2, "sm_100"): [
+        Entry(64, 16, Launch(128, 64, 8, 3), 0),
+        Entry(128, 2, Launch(128, 64, 8, 3), 0),
+        Entry(128, 16, Launch(64, 64, 4, 2), 0),
+        Entry(256, 16, Launch(64, 64, 8, 2), 0),
+        Entry(512, 16, Launch(32, 16, 8, 2), 0),
     ],
-    ("forward", 4, 80): [
-        (64, 16, Launch(64, 32, 8, 1)),
-        (128, 16, Launch(32, 32, 8, 1)),
+    ("forward", 4, "sm_80"): [
+        Entry(64, 16, Launch(64, 32, 8, 1), 0),
+        Entry(128, 16, Launch(32, 32, 8, 1), 0),
     ],
-    ("forward", 4, 90): [
-        (64, 16, Launch(32, 32, 8, 1)),
-        (128, 2, Launch(32, 32, 8, 1)),
-        (128, 16, Launch(16, 32, 8, 1)),
+    ("forward", 4, "sm_90"): [
+        Entry(64, 16, Launch(32, 32, 8, 1), 0),
+        Entry(128, 2, Launch(32, 32, 8, 1), 0),
+        Entry(128, 16, Launch(16, 32, 8, 1), 0),
     ],
-    ("forward", 4, 100): [
-        (64, 16, Launch(32, 32, 8, 1)),
-        (128, 2, Launch(32, 32, 8, 1)),
-        (128, 16, Launch(16, 32, 8, 1)),
+    ("forward", 4, "sm_100"): [
+        Entry(64, 16, Launch(32, 32, 8, 1), 0),
+        Entry(128, 2, Launch(32, 32, 8, 1), 0),
+        Entry(128, 16, Launch(16, 32, 8, 1), 0),
     ],
-    ("backward_kv", 2, 80): [
-        (64, 16, Launch(32, 64, 8, 2)),
-        (128, 2, Launch(64, 64, 8, 1)),
-        (128, 16, Launch(32, 32, 8, 1)),
-        (256, 2, Launch(32, 32, 8, 1)),
-        (256, 16, Launch(16, 16, 8, 1)),
-        (512, 2, Launch(16, 16, 8, 1)),
+    ("backward_kv", 2, "sm_80"): [
+        Entry(64, 16, Launch(32, 64, 8, 2), 0),
+        Entry(128, 2, Launch(64, 64, 8, 1), 0),
+        Entry(128, 16, Launch(32, 32, 8, 1), 0),
+        Entry(256, 2, Launch(32, 32, 8, 1), 0),
+        Entry(256, 16, Launch(16, 16, 8, 1), 0),
+        Entry(512, 2, Launch(16, 16, 8, 1), 0),
     ],
-    ("backward_kv", 2, 90): [
-        (64, 16, Launch(32, 128, 8, 2)),
-        (128, 2, Launch(16, 128, 8, 2)),
-        (128, 16, Launch(32, 32, 8, 1)),
-        (256, 16, Launch(32, 32, 8, 1)),
-        (512, 16, Launch(16, 16, 8, 1)),
+    ("backward_kv", 2, "sm_90"): [
+        Entry(64, 16, Launch(32, 128, 8, 2), 0),
+        Entry(128, 2, Launch(16, 128, 8, 2), 0),
+        Entry(128, 16, Launch(32, 32, 8, 1), 0),
+        Entry(256, 16, Launch(32, 32, 8, 1), 0),
+        Entry(512, 16, Launch(16, 16, 8, 1), 0),
     ],
-    ("backward_kv", 2, 100): [
-        (64, 2, Launch(32, 128, 8, 2)),
-        (64, 16, Launch(32, 64, 8, 1)),
-        (128, 2, Launch(32, 64, 8, 1)),
-        (128, 16, Launch(32, 32, 8, 1)),
-        (256, 16, Launch(32, 32, 8, 1)),
-        (512, 16, Launch(16, 16, 8, 1)),
+    ("backward_kv", 2, "sm_100"): [
+        Entry(64, 2, Launch(32, 128, 8, 2), 0),
+        Entry(64, 16, Launch(32, 64, 8, 1), 0),
+        Entry(128, 2, Launch(32, 64, 8, 1), 0),
+        Entry(128, 16, Launch(32, 32, 8, 1), 0),
+        Entry(256, 16, Launch(32, 32, 8, 1), 0),
+        Entry(512, 16, Launch(16, 16, 8, 1), 0),
     ],
-    ("backward_kv", 4, 80): [
-        (64, 2, Launch(16, 32, 8, 1)),
-        (64, 16, Launch(16, 16, 8, 1)),
-        (128, 16, Launch(16, 32, 8, 1)),
+    ("backward_kv", 4, "sm_80"): [
+        Entry(64, 2, Launch(16, 32, 8, 1), 0),
+        Entry(64, 16, Launch(16, 16, 8, 1), 0),
+        Entry(128, 16, Launch(16, 32, 8, 1), 0),
     ],
-    ("backward_kv", 4, 90): [
-        (64, 16, Launch(32, 32, 8, 1)),
-        (128, 16, Launch(32, 32, 8, 1)),
+    ("backward_kv", 4, "sm_90"): [
+        Entry(64, 16, Launch(32, 32, 8, 1), 0),
+        Entry(128, 16, Launch(32, 32, 8, 1), 0),
     ],
-    ("backward_kv", 4, 100): [
-        (64, 16, Launch(32, 32, 8, 1)),
-        (128, 16, Launch(32, 32, 8, 1)),
+    ("backward_kv", 4, "sm_100"): [
+        Entry(64, 16, Launch(32, 32, 8, 1), 0),
+        Entry(128, 16, Launch(32, 32, 8, 1), 0),
     ],
-    ("backward_q", 2, 80): [
-        (64, 16, Launch(128, 64, 8, 3)),
-        (128, 16, Launch(128, 32, 8, 2)),
-        (256, 16, Launch(64, 32, 8, 1)),
-        (512, 16, Launch(32, 16, 8, 1)),
+    ("backward_q", 2, "sm_80"): [
+        Entry(64, 16, Launch(128, 64, 8, 3), 0),
+        Entry(128, 16, Launch(128, 32, 8, 2), 0),
+        Entry(256, 16, Launch(64, 32, 8, 1), 0),
+        Entry(512, 16, Launch(32, 16, 8, 1), 0),
     ],
-    ("backward_q", 2, 90): [
-        (64, 2, Launch(128, 64, 8, 3)),
-        (64, 16, Launch(64, 64, 8, 2)),
-        (128, 2, Launch(128, 64, 8, 2)),
-        (128, 16, Launch(128, 32, 8, 3)),
-        (256, 16, Launch(64, 16, 8, 2)),
-        (512, 16, Launch(16, 16, 8, 1)),
+    ("backward_q", 2, "sm_90"): [
+        Entry(64, 2, Launch(128, 64, 8, 3), 0),
+        Entry(64, 16, Launch(64, 64, 8, 2), 0),
+        Entry(128, 2, Launch(128, 64, 8, 2), 0),
+        Entry(128, 16, Launch(128, 32, 8, 3), 0),
+        Entry(256, 16, Launch(64, 16, 8, 2), 0),
+        Entry(512, 16, Launch(16, 16, 8, 1), 0),
     ],
-    ("backward_q", 2, 100): [
-        (64, 16, Launch(128, 64, 8, 3)),
-        (128, 16, Launch(128, 64, 8, 2)),
-        (256, 16, Launch(64, 32, 8, 2)),
-        (512, 16, Launch(16, 16, 16, 1)),
+    ("backward_q", 2, "sm_100"): [
+        Entry(64, 16, Launch(128, 64, 8, 3), 0),
+        Entry(128, 16, Launch(128, 64, 8, 2), 0),
+        Entry(256, 16, Launch(64, 32, 8, 2), 0),
+        Entry(512, 16, Launch(16, 16, 16, 1), 0),
     ],
-    ("backward_q", 4, 80): [
-        (64, 16, Launch(32, 32, 8, 1)),
+    ("backward_q", 4, "sm_80"): [
+        Entry(64, 16, Launch(32, 32, 8, 1), 0),
     ],
-    ("backward_q", 4, 90): [
-        (64, 16, Launch(32, 32, 8, 1)),
-        (128, 16, Launch(16, 16, 8, 1)),
+    ("backward_q", 4, "sm_90"): [
+        Entry(64, 16, Launch(32, 32, 8, 1), 0),
+        Entry(128, 16, Launch(16, 16, 8, 1), 0),
     ],
-    ("backward_q", 4, 100): [
-        (64, 16, Launch(32, 32, 8, 1)),
-        (128, 16, Launch(16, 16, 8, 1)),
+    ("backward_q", 4, "sm_100"): [
+        Entry(64, 16, Launch(32, 32, 8, 1), 0),
+        Entry(128, 16, Launch(16, 16, 8, 1), 0),
     ],
-    ("rows", 2, 80): [
-        (64, 2, Launch(16, 64, 4, 2)),
-        (64, 16, Launch(16, 32, 4, 2)),
-        (128, 16, Launch(32, 64, 8, 3)),
-        (256, 16, Launch(32, 32, 8, 2)),
-        (512, 16, Launch(16, 16, 8, 2)),
+    ("rows", 2, "sm_80"): [
+        Entry(64, 2, Launch(16, 64, 4, 2), 0),
+        Entry(64, 16, Launch(16, 32, 4, 2), 0),
+        Entry(128, 16, Launch(32, 64, 8, 3), 0),
+        Entry(256, 16, Launch(32, 32, 8, 2), 0),
+        Entry(512, 16, Launch(16, 16, 8, 2), 0),
     ],
-    ("rows", 2, 90): [
-        (64, 16, Launch(32, 64, 4, 3)),
-        (128, 16, Launch(32, 64, 8, 3)),
-        (256, 16, Launch(32, 32, 8, 2)),
-        (512, 2, Launch(16, 32, 8, 2)),
-        (512, 16, Launch(16, 16, 8, 2)),
+    ("rows", 2, "sm_90"): [
+        Entry(64, 16, Launch(32, 64, 4, 3), 0),
+        Entry(128, 16, Launch(32, 64, 8, 3), 0),
+        Entry(256, 16, Launch(32, 32, 8, 2), 0),
+        Entry(512, 2, Launch(16, 32, 8, 2), 0),
+        Entry(512, 16, Launch(16, 16, 8, 2), 0),
     ],
-    ("rows", 2, 100): [
-        (64, 16, Launch(32, 128, 8, 3)),
-        (128, 16, Launch(32, 128, 8, 3)),
-        (256, 16, Launch(32, 32, 8, 2)),
-        (512, 16, Launch(16, 16, 8, 2)),
+    ("rows", 2, "sm_100"): [
+        Entry(64, 16, Launch(32, 128, 8, 3), 0),
+        Entry(128, 16, Launch(32, 128, 8, 3), 0),
+        Entry(256, 16, Launch(32, 32, 8, 2), 0),
+        Entry(512, 16, Launch(16, 16, 8, 2), 0),
     ],
-    ("rows", 4, 80): [
-        (64, 2, Launch(16, 64, 4, 2)),
-        (64, 16, Launch(16, 32, 4, 2)),
-        (128, 2, Launch(16, 64, 8, 2)),
-        (128, 16, Launch(16, 32, 8, 2)),
-        (256, 16, Launch(16, 32, 8, 1)),
-        (512, 16, Launch(16, 16, 8, 1)),
+    ("rows", 4, "sm_80"): [
+        Entry(64, 2, Launch(16, 64, 4, 2), 0),
+        Entry(64, 16, Launch(16, 32, 4, 2), 0),
+        Entry(128, 2, Launch(16, 64, 8, 2), 0),
+        Entry(128, 16, Launch(16, 32, 8, 2), 0),
+        Entry(256, 16, Launch(16, 32, 8, 1), 0),
+        Entry(512, 16, Launch(16, 16, 8, 1), 0),
     ],
-    ("rows", 4, 90): [
-        (64, 16, Launch(32, 64, 8, 2)),
-        (128, 2, Launch(16, 64, 8, 2)),
-        (128, 16, Launch(16, 16, 4, 1)),
-        (256, 16, Launch(16, 16, 8, 2)),
-        (512, 16, Launch(16, 16, 8, 1)),
+    ("rows", 4, "sm_90"): [
+        Entry(64, 16, Launch(32, 64, 8, 2), 0),
+        Entry(128, 2, Launch(16, 64, 8, 2), 0),
+        Entry(128, 16, Launch(16, 16, 4, 1), 0),
+        Entry(256, 16, Launch(16, 16, 8, 2), 0),
+        Entry(512, 16, Launch(16, 16, 8, 1), 0),
     ],
-    ("rows", 4, 100): [
-        (64, 16, Launch(32, 64, 8, 2)),
-        (128, 16, Launch(16, 64, 8, 2)),
-        (256, 16, Launch(16, 32, 8, 1)),
-        (512, 16, Launch(16, 16, 8, 1)),
+    ("rows", 4, "sm_100"): [
+        Entry(64, 16, Launch(32, 64, 8, 2), 0),
+        Entry(128, 16, Launch(16, 64, 8, 2), 0),
+        Entry(256, 16, Launch(16, 32, 8, 1), 0),
+        Entry(512, 16, Launch(16, 16, 8, 1), 0),
+    ],
+    ("decode", 2, "sm_80"): [
+        Entry(64, 2, Launch(16, 64, 4, 2), 0),
+        Entry(64, 16, Launch(16, 32, 4, 2), 0),
+        Entry(128, 16, Launch(32, 64, 8, 3), 0),
+        Entry(256, 16, Launch(32, 32, 8, 2), 0),
+        Entry(512, 16, Launch(16, 16, 8, 2), 0),
+    ],
+    ("decode", 2, "sm_90"): [
+        Entry(64, 16, Launch(32, 64, 4, 3), 0),
+        Entry(128, 16, Launch(32, 64, 8, 3), 0),
+        Entry(256, 16, Launch(32, 32, 8, 2), 0),
+        Entry(512, 2, Launch(16, 32, 8, 2), 0),
+        Entry(512, 16, Launch(16, 16, 8, 2), 0),
+    ],
+    ("decode", 2, "sm_100"): [
+        Entry(64, 16, Launch(32, 128, 8, 3), 0),
+        Entry(128, 16, Launch(32, 128, 8, 3), 0),
+        Entry(256, 16, Launch(32, 32, 8, 2), 0),
+        Entry(512, 16, Launch(16, 16, 8, 2), 0),
+    ],
+    ("decode", 4, "sm_80"): [
+        Entry(64, 2, Launch(16, 64, 4, 2), 0),
+        Entry(64, 16, Launch(16, 32, 4, 2), 0),
+        Entry(128, 2, Launch(16, 64, 8, 2), 0),
+        Entry(128, 16, Launch(16, 32, 8, 2), 0),
+        Entry(256, 16, Launch(16, 32, 8, 1), 0),
+        Entry(512, 16, Launch(16, 16, 8, 1), 0),
+    ],
+    ("decode", 4, "sm_90"): [
+        Entry(64, 16, Launch(32, 64, 8, 2), 0),
+        Entry(128, 2, Launch(16, 64, 8, 2), 0),
+        Entry(128, 16, Launch(16, 16, 4, 1), 0),
+        Entry(256, 16, Launch(16, 16, 8, 2), 0),
+        Entry(512, 16, Launch(16, 16, 8, 1), 0),
+    ],
+    ("decode", 4, "sm_100"): [
+        Entry(64, 16, Launch(32, 64, 8, 2), 0),
+        Entry(128, 16, Launch(16, 64, 8, 2), 0),
+        Entry(256, 16, Launch(16, 32, 8, 1), 0),
+        Entry(512, 16, Launch(16, 16, 8, 1), 0),
     ],
 }

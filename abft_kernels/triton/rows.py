@@ -27,15 +27,17 @@ from torch import Tensor
 from abft_kernels.call import Call
 from abft_kernels.merging import sink_gradient
 from abft_kernels.triton.combine import row_mass_combine_kernel, row_mass_dq_kernel
-from abft_kernels.triton.common import INTERPRETED, load_tile, locate, matmul, one_head, rounded, scatter
+from abft_kernels.triton.common import INTERPRETED, UNSPECIALIZED, load_tile, locate, matmul, one_head, rounded, scatter
 from abft_kernels.triton.labels import add_column, add_masses, group_weight, key_labels, load_groups, sample_labels
-from abft_kernels.triton.launch import Launch, launch_config, row_splits
+from abft_kernels.triton.launch import SMALL, launch_config, row_splits
 from abft_kernels.triton.masks import key_reach, seen_keys, sequence_keys
 from abft_kernels.triton.softmax import LN2, LOG2E, base2_scores, finish, probabilities, softmax_step
 from abft_kernels.triton.structs import (
     Features,
     Heads,
+    RowCounts,
     RowShape,
+    RowSizes,
     Scores,
     Sequences,
     features,
@@ -54,6 +56,19 @@ class PackedRows(NamedTuple):
     head: tl.tensor
     row: tl.tensor
     in_range: tl.tensor
+
+
+@triton.jit
+def _row_shape(counts, n_k, blocks_per_split, key_offset):
+    return RowShape(
+        counts.kv_heads,
+        counts.group_size,
+        counts.num_rows,
+        counts.tiles_per_program,
+        n_k,
+        blocks_per_split,
+        key_offset,
+    )
 
 
 @triton.jit
@@ -86,17 +101,20 @@ def _packed_tile(q, positions, scores, at, first, keys, shape, F: tl.constexpr):
     return rows, Scores(scores.factor, scores.softcap2, slope2[:, None])
 
 
-@triton.jit
-def _row_mass_fwd_kernel(q, k, v, out, mass, lse, labels, positions, sinks, scores, sequences, shape, F: tl.constexpr):
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _row_mass_fwd_kernel(
+    q, k, v, out, mass, lse, labels, positions, sinks, scores, sequences, counts, n_k, blocks_per_split, key_offset,
+    F: tl.constexpr,
+):  # fmt: skip
     BLOCK_M: tl.constexpr = F.block_m
     BLOCK_N: tl.constexpr = F.block_n
     BLOCK_D: tl.constexpr = F.block_d
     BLOCK_DV: tl.constexpr = F.block_dv
     GROUPS_PAD: tl.constexpr = F.groups_pad
-    PRECISION: tl.constexpr = F.precision
     split = tl.program_id(1)
+    shape = _row_shape(counts, n_k, blocks_per_split, key_offset)
     num_tiles = tl.cdiv(shape.group_size * shape.num_rows, BLOCK_M)
-    at = locate(None, shape.kv_heads, num_tiles, BLOCK_M, False, False)
+    at = locate(shape.kv_heads, num_tiles, BLOCK_M, False)
     keys = sequence_keys(sequences, at.b, shape.n_k, F)
     rows, scores_here = _packed_tile(q, positions, scores, at, at.start, keys, shape, F)
     k_rows = one_head(k, at.b, at.h)
@@ -122,7 +140,7 @@ def _row_mass_fwd_kernel(q, k, v, out, mass, lse, labels, positions, sinks, scor
         if F.v:
             offs_dv = tl.arange(0, BLOCK_DV)
             v_tile = load_tile(v_rows, start_n, offs_n, offs_dv, keys.start, keys.end, F.head_dim_v, True)
-            acc = matmul(rounded(p, v_tile.dtype), v_tile, acc * alpha[:, None], PRECISION)
+            acc = matmul(rounded(p, v_tile.dtype), v_tile, acc * alpha[:, None])
         if F.groups > 0:
             sums = add_masses(sums * alpha[:, None], p, labels, offs_n, keys, F)
 
@@ -141,19 +159,20 @@ def _row_mass_fwd_kernel(q, k, v, out, mass, lse, labels, positions, sinks, scor
         scatter(pointers, d, acc, rows.in_range, F.head_dim_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _row_mass_bwd_kernel(
-    q, k, labels, positions, lse, mass, dmass, dlse, dq, dk, dw, scale, scores, sequences, shape, F: tl.constexpr
-):
+    q, k, labels, positions, lse, mass, dmass, dlse, dq, dk, dw, scale, scores, sequences, counts,
+    n_k, blocks_per_split, key_offset, F: tl.constexpr,
+):  # fmt: skip
     BLOCK_M: tl.constexpr = F.block_m
     BLOCK_N: tl.constexpr = F.block_n
     BLOCK_D: tl.constexpr = F.block_d
     GROUPS: tl.constexpr = F.groups
     GROUPS_PAD: tl.constexpr = F.groups_pad
-    PRECISION: tl.constexpr = F.precision
     split = tl.program_id(1)
+    shape = _row_shape(counts, n_k, blocks_per_split, key_offset)
     owners = tl.cdiv(tl.cdiv(shape.group_size * shape.num_rows, BLOCK_M), shape.tiles_per_program)
-    at = locate(None, shape.kv_heads, owners, shape.tiles_per_program, False, False)  # `start` is a tile here
+    at = locate(shape.kv_heads, owners, shape.tiles_per_program, False)  # `start` is a tile here
     off_keys = 0 if F.packed else at.b
     offs_d = tl.arange(0, BLOCK_D)
     keys = sequence_keys(sequences, at.b, shape.n_k, F)
@@ -204,9 +223,9 @@ def _row_mass_bwd_kernel(
                 ds = ds * (1.0 - capped * capped)
             ds = rounded(ds, rows.q.dtype)
             if F.dk:
-                dk_tile = matmul(tl.trans(ds), rows.q, dk_tile, PRECISION)
+                dk_tile = matmul(tl.trans(ds), rows.q, dk_tile)
             if F.dq:
-                dq_tile = matmul(ds, k_tile, dq_tile, PRECISION)
+                dq_tile = matmul(ds, k_tile, dq_tile)
         mine = (offs_n >= first_out) & (offs_n < limit_out)
         if F.dk:
             scatter(dk + key_base * F.head_dim + offs_n * F.head_dim, 1, dk_tile * scale, mine, F.head_dim)
@@ -225,17 +244,19 @@ class _Grid:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor | None, call: Call):
         sequences, heads, num_rows, _ = q.shape
         kv_heads, n_k = k.shape[1], k.shape[2]
-        launch = launch_config("rows", head_tile(q, v), q.element_size(), call.num_groups, q.device)
+        kernel = "rows" if v is None else "decode"
+        launch = launch_config(kernel, head_tile(q, v), q.element_size(), call.num_groups, q.device)
         packed = heads // kv_heads * num_rows
         block_m = min(launch.block_m, max(16, next_power_of_2(packed)))
-        self.launch = Launch(block_m, *launch[1:])
+        self.launch = launch._replace(block_m=block_m)
         self.tiles = triton.cdiv(packed, self.launch.block_m)
         self.programs = sequences * kv_heads
         blocks = triton.cdiv(n_k, launch.block_n)
         splits = row_splits(self.programs * self.tiles, blocks, _multiprocessors(q.device))
         per_split = triton.cdiv(blocks, splits)
         self.splits = triton.cdiv(blocks, per_split)
-        self.shape = RowShape(kv_heads, heads // kv_heads, num_rows, n_k, per_split, 1, call.key_offset)
+        self.counts = RowCounts(kv_heads, heads // kv_heads, num_rows, 1)
+        self.sizes = RowSizes(n_k, per_split, call.key_offset)
         self.k = Heads.of(k)
         if call.packed:  # the sequences share the keys of one sample
             self.k = self.k._replace(b=0)
@@ -274,9 +295,9 @@ def forward_into(
     sinks = call.sinks is not None
     of = features(q, v, call, launch, call.num_groups, sinks=sinks and final, final=final)
     inputs = (Heads.of(q), grid.k, Heads.of(v), part_out, part_mass, part_lse, key_labels(call, call.num_groups))
-    of_call = (positions.contiguous(), call.sinks, Scores.of(call), Sequences.of(call), grid.shape)
+    of_call = (positions.contiguous(), call.sinks, Scores.of(call), Sequences.of(call), grid.counts)
     _row_mass_fwd_kernel[(grid.tiles * grid.programs, grid.splits)](
-        *inputs, *of_call, of, num_warps=launch.num_warps, num_stages=launch.num_stages
+        *inputs, *of_call, *grid.sizes, of, **launch.options
     )
     if final:
         return
@@ -285,7 +306,7 @@ def forward_into(
     of = Features(**{name: getattr(of, name) for name in keep}, block_m=block, sinks=sinks)
     results = (Heads.of(out), lse, mass, lse.numel(), q.shape[1], q.shape[2], grid.splits)
     row_mass_combine_kernel[(triton.cdiv(lse.numel(), block),)](
-        part_out.ptr, part_lse, part_mass, call.sinks, *results, of, num_warps=1
+        part_out.ptr, part_lse, part_mass, call.sinks, *results, of, **SMALL._replace(num_warps=1).options
     )
 
 
@@ -323,18 +344,19 @@ def backward(
     of = features(q, None, call, launch, groups, dlse=dlse is not None, dq=True, dk=True, dw=want_dw)
     inputs = (Heads.of(q), grid.k, key_labels(call, groups), positions.contiguous(), lse, mass, dmass, dlse)
     of_call = (call.scale, Scores.of(call), Sequences.of(call))
-    launches = [(1, grid.shape, of)]
+    launches = [(1, grid.counts, of)]
     if grid.tiles > 1:  # dk sums over all tiles of rows, dq over all keys: an owner for each
-        whole = grid.shape._replace(tiles_per_program=grid.tiles)
-        launches = [(1, whole, of._replace(dq=False)), (grid.tiles, grid.shape, of._replace(dk=False, dw=False))]
-    for owners, shape, chosen in launches:
+        whole = grid.counts._replace(tiles_per_program=grid.tiles)
+        launches = [(1, whole, of._replace(dq=False)), (grid.tiles, grid.counts, of._replace(dk=False, dw=False))]
+    for owners, counts, chosen in launches:
         _row_mass_bwd_kernel[(owners * grid.programs, grid.splits)](
-            *inputs, part_dq, dk, dw, *of_call, shape, chosen, num_warps=launch.num_warps, num_stages=launch.num_stages
+            *inputs, part_dq, dk, dw, *of_call, counts, *grid.sizes, chosen, **launch.options
         )
     if grid.splits > 1:
         block = max(1, 4096 // of.block_d)
         of = Features(head_dim=of.head_dim, block_d=of.block_d, block_m=block)
-        row_mass_dq_kernel[(triton.cdiv(lse.numel(), block),)](part_dq, dq, lse.numel(), grid.splits, of, num_warps=4)
+        programs = (triton.cdiv(lse.numel(), block),)
+        row_mass_dq_kernel[programs](part_dq, dq, lse.numel(), grid.splits, of, **SMALL.options)
     if call.sinks is not None:
         delta = torch.zeros_like(lse) if dlse is None else -dlse
         dsinks = sink_gradient(call.sinks, lse, delta if dmass is None else delta + (dmass * mass).sum(-1))

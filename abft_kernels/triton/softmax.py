@@ -38,8 +38,7 @@ def base2_scores(scores, a, b, rows, cols, F: tl.constexpr):
     (positions) and `cols` broadcast: `[rows, 1]` and `[1, keys]`, or transposed. The factor is left to the caller
     because the multiplication then costs nothing: s·factor − m is one instruction.
     """
-    PRECISION: tl.constexpr = F.precision
-    s = matmul(a, tl.trans(b), None, PRECISION)
+    s = matmul(a, tl.trans(b), None)
     capped = s
     factor = scores.factor
     if F.softcap:
@@ -93,9 +92,12 @@ def finish(acc, mass, m_i, l_i, present, sinks, heads, in_range, SINKS: tl.const
 
 
 @triton.jit
-def head_dropout(dropout, bh):
+def head_dropout(dropout, seed_low, seed_high, bh, F: tl.constexpr):
     """Return the dropout of one head: its random numbers are a stream of their own."""
-    return Dropout(dropout.seed, dropout.threshold, dropout.scale, bh.to(tl.int32))
+    seed = bh
+    if F.dropout:
+        seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
+    return Dropout(dropout.threshold, dropout.scale, seed, bh.to(tl.int32))
 
 
 @triton.jit

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -34,7 +33,6 @@ class Features(NamedTuple):
     block_n: int = 0  # keys of a tile
     groups: int = 0  # 0: no mass, or in backward no gradient of it
     groups_pad: int = 1
-    precision: str = "tf32"
     causal: bool = False
     reach: Reach = Reach()  # 1 for the limits that there are
     starts: bool = False
@@ -68,48 +66,85 @@ class Heads(NamedTuple):
         return cls(None, 0, 0, 0, 0) if x is None else cls(x, *x.stride())
 
 
-class Shape(NamedTuple):
-    """Sizes of a fused call; query row i stands at position i + offset."""
+class HeadCounts(NamedTuple):
+    """Query heads, and how many of them share a KV head."""
 
     heads: int
     group_size: int
+
+
+class Sizes(NamedTuple):
+    """Sizes of a fused call; query row i stands at position i + offset. Kernels take them one by one: Triton compiles
+    anew for a size in a tuple that is 1 or a multiple of 16."""
+
     n_q: int
     n_k: int
-    num_tiles: int
     offset: int
+    num_tiles: int
+    num_sequences: int
+
+    @classmethod
+    def of(cls, call: Call, n_q: int, n_k: int) -> Sizes:
+        return cls(n_q, n_k, call.row_offset, 0, 1 if call.starts is None else call.starts.shape[0])
+
+    def tiled(self, call: Call, length: int, block: int) -> Sizes:
+        """Return the sizes for tiles of `block` of the `length` rows or keys.
+
+        Packed sequences take up to one tile more for each: `abft_kernels.triton.common.locate` finds theirs.
+        """
+        tiles = -(-length // block)
+        return self._replace(num_tiles=tiles + self.num_sequences if call.packed else tiles)
 
 
-class RowShape(NamedTuple):
-    """Sizes of a call of the row kernel."""
+class Shape(NamedTuple):
+    """`HeadCounts` and `Sizes` in a kernel."""
+
+    heads: int
+    group_size: tl.tensor
+    n_q: tl.tensor
+    n_k: tl.tensor
+    offset: tl.tensor
+
+
+class RowCounts(NamedTuple):
+    """Counts of a call of the row kernel. Triton compiles anew where one is 1: most calls have one row and tile."""
 
     kv_heads: int
     group_size: int
     num_rows: int
+    tiles_per_program: int  # of the backward pass
+
+
+class RowSizes(NamedTuple):
+    """Sizes of a call of the row kernel, which its kernels take one by one."""
+
     n_k: int
     blocks_per_split: int
-    tiles_per_program: int  # of the backward pass
     key_offset: int
 
 
+class RowShape(NamedTuple):
+    """`RowCounts` and `RowSizes` in a kernel."""
+
+    kv_heads: int
+    group_size: int
+    num_rows: int
+    tiles_per_program: int
+    n_k: tl.tensor
+    blocks_per_split: tl.tensor
+    key_offset: tl.tensor
+
+
 class Sequences(NamedTuple):
-    """Bounds of the sequences, how far back their rows see, and where each tile of packed ones begins."""
+    """Bounds of the sequences, and how far back their rows see."""
 
     starts: Tensor | None
     ends: Tensor | None
     reach: Reach
-    tiles: Tensor | None = None
 
     @classmethod
     def of(cls, call: Call) -> Sequences:
         return cls(call.starts, call.ends, call.reach)
-
-    @classmethod
-    def tiled(cls, call: Call, length: int, block: int) -> tuple[Sequences, int]:
-        """Return also how many tiles of `block` tokens there are."""
-        if not call.packed or call.starts is None or call.ends is None:
-            return cls.of(call), -(-length // block)
-        tiles = _sequence_tiles(call.starts, call.ends, length, block)
-        return cls.of(call)._replace(tiles=tiles), tiles.shape[0]
 
 
 class Labels(NamedTuple):
@@ -117,7 +152,6 @@ class Labels(NamedTuple):
 
     keys: Tensor | None
     blocks: Tensor | None
-    num_blocks: int
 
 
 class Scores(NamedTuple):
@@ -137,14 +171,20 @@ class Scores(NamedTuple):
 class Dropout(NamedTuple):
     """`threshold` is dropout_p·2³¹, `scale` the factor of what is kept."""
 
-    seed: int
     threshold: int
     scale: float
-    stream: int = 0  # of random numbers: in a kernel, the index of its head
+    seed: tl.tensor | int = 0  # in a kernel: the seed, and the stream of random numbers, its head's index
+    stream: tl.tensor | int = 0
 
     @classmethod
     def of(cls, call: Call) -> Dropout:
-        return cls(call.seed, int(call.dropout_p * (1 << 31)), 1.0 / (1.0 - call.dropout_p))
+        return cls(int(call.dropout_p * (1 << 31)), 1.0 / (1.0 - call.dropout_p))
+
+
+def seed_halves(call: Call) -> tuple[int, int]:
+    """Return the low and the high half of the seed of dropout as int32: one type, whatever the seed."""
+    low, high = call.seed & 0xFFFFFFFF, call.seed >> 32 & 0xFFFFFFFF
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
 class Place(NamedTuple):
@@ -192,11 +232,10 @@ def features(q: Tensor, v: Tensor | None, call: Call, launch: Launch, groups: in
     """Return the features of a kernel over tiles of scores; `others` are those that not all of them read."""
     head_dim, head_dim_v = q.shape[-1], 0 if v is None else v.shape[-1]
     block_dv = 1 if v is None else head_block(head_dim_v)
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
     sizes = (head_dim, head_dim_v, head_block(head_dim), block_dv, launch.block_m, launch.block_n)
     weights, reach = groups > 0 and call.weights is not None, Reach(*(int(limit > 0) for limit in call.reach))
     return Features(
-        *(*sizes, groups, next_power_of_2(max(1, groups)), precision),
+        *(*sizes, groups, next_power_of_2(max(1, groups))),
         *(call.causal, reach, call.starts is not None, call.ends is not None, call.packed, v is not None, weights),
         slopes=call.slopes is not None,
         softcap=call.softcap > 0,
@@ -204,21 +243,3 @@ def features(q: Tensor, v: Tensor | None, call: Call, launch: Launch, groups: in
         dropout=v is not None and call.dropout_p > 0,
         **others,
     )
-
-
-def _sequence_tiles(starts: Tensor, ends: Tensor, total: int, block: int) -> Tensor:
-    """Return `(T, 2)` int32: sequence and first token of every tile of `block` tokens of packed sequences.
-
-    T counts a tile more for each sequence than `total` tokens fill, so that no length has to be read back; the
-    surplus tiles begin at `total`, where they find nothing to do. Later tiles come first: they are the longest.
-    """
-    tiles = -(-total // block) + starts.shape[0]
-    counts = (ends - starts + block - 1) // block
-    after = counts.cumsum(0)
-    index = torch.arange(tiles, device=starts.device)
-    sequence = torch.searchsorted(after, index, right=True)
-    unused = sequence >= starts.shape[0]
-    sequence = sequence.clamp(max=starts.shape[0] - 1)
-    first = starts[sequence] + (index - (after[sequence] - counts[sequence])) * block
-    first = torch.where(unused, torch.full_like(first, total), first)
-    return torch.stack([sequence, first], 1).to(torch.int32).flip(0).contiguous()
