@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "LIMITS",
+    "MAX_POSITIONS",
     "Keywords",
     "Masking",
     "Reach",
@@ -90,7 +91,7 @@ LIMITS = {
         "rows see their chunk up to their own position",
     ),
 }
-_LAST_POSITION = 2**31 - 1  # positions are int32 in the kernels
+MAX_POSITIONS = 2**30  # the kernels add and subtract two positions in 32 bits
 
 
 class Sequences(NamedTuple):
@@ -124,7 +125,7 @@ def check_masking(masking: Masking, q: Tensor) -> dict[str, float | bool | Tenso
 
 
 def _check_reach(masking: Masking, n_k: int) -> Reach:
-    """Return the limits; a chunk that covers all keys is none."""
+    """Return the limits; one that covers all keys is none."""
     limits = {name: getattr(masking, name) for name in Reach._fields}
     for name, limit in limits.items():
         if limit is None:
@@ -134,9 +135,8 @@ def _check_reach(masking: Masking, n_k: int) -> Reach:
             raise ValueError(f"{name} must be an int ≥ 1 ({meaning}) or None, got {limit!r}")
         if not masking.causal:
             raise ValueError(f"{name}={limit} needs causal=True: {reason}")
-    reach = Reach(**{name: limit or 0 for name, limit in limits.items()})
-    covers_all = reach.chunk >= (_LAST_POSITION if masking.sharded else n_k)
-    return reach._replace(chunk=0) if covers_all else reach
+    all_keys = MAX_POSITIONS if masking.sharded else n_k
+    return Reach(**{name: 0 if limit is None or limit >= all_keys else limit for name, limit in limits.items()})
 
 
 def _check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
@@ -170,6 +170,7 @@ def _check_slopes(slopes: Tensor | None, q: Tensor) -> Tensor | None:
 
 def check_sequences(masking: Masking, q: Tensor, n_q: int | None, n_k: int) -> Sequences:
     """Return the sequences among the keys; `n_q` None: the rows of q have positions of their own."""
+    _check_positions(masking, n_q, n_k)
     reach = _check_reach(masking, n_k)
     if masking.cu_seqlens is not None:
         starts, ends = _check_packed(masking, masking.cu_seqlens, n_q, n_k)
@@ -182,6 +183,21 @@ def check_sequences(masking: Masking, q: Tensor, n_q: int | None, n_k: int) -> S
         first = torch.full((q.shape[0],), -masking.key_offset, dtype=torch.int32, device=q.device)
         return Sequences(q.shape[0], reach, first)
     return Sequences(q.shape[0], reach)
+
+
+def _check_positions(masking: Masking, n_q: int | None, n_k: int) -> None:
+    """Raise unless all positions are at least 0 and fit the kernels' integers."""
+    for name, offset, length, of in (
+        ("key_offset", masking.key_offset, n_k, "keys"),
+        ("query_offset", masking.query_offset, n_q or 0, "queries"),
+    ):
+        if offset is not None and not (isinstance(offset, int) and offset >= 0):
+            raise ValueError(f"{name} must be an int ≥ 0 (position of the first of the {of}) or None, got {offset!r}")
+        if (offset or 0) + length > MAX_POSITIONS:
+            raise ValueError(
+                f"{name}={offset or 0} with {length} {of} goes beyond position {MAX_POSITIONS}, the last that the "
+                "kernels count to; cut the sequence"
+            )
 
 
 def _check_packed(masking: Masking, cu_seqlens: Tensor, n_q: int | None, n_k: int) -> tuple[Tensor, Tensor]:

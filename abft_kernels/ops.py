@@ -8,6 +8,7 @@ unused result costs nothing in the backward pass; an empty tensor stands for a g
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -57,11 +58,14 @@ _RESULTS, _GRADIENTS = ("out", "mass", "lse"), ("q", "k", "v", "weights", "sinks
 _FUSED = Operator("mass_attention", _INPUTS | {"v": "Tensor?"}, _RESULTS, _GRADIENTS, _fused_kernels)
 
 
-def _exactly(device: torch.device, kernel: _Kernel, *arguments: Any) -> tuple[Tensor, ...]:
-    """Run a kernel without autocast, which may choose the dtypes of what goes in, not of what is inside."""
-    if not torch.is_autocast_enabled(device.type):
-        return tuple(kernel(*arguments))
-    with torch.autocast(device.type, enabled=False):
+def _run(device: torch.device, kernel: _Kernel, *arguments: Any) -> tuple[Tensor, ...]:
+    """Run a kernel with its tensors' device current, where Triton launches, and without autocast, which may choose the
+    dtypes of what goes in, not of what is inside."""
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
         return tuple(kernel(*arguments))
 
 
@@ -86,13 +90,13 @@ def _define(operator: Operator) -> tuple[Any, Any]:
 
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         tensors, call, backend = split(arguments)
-        return _exactly(tensors[0].device, operator.kernels(backend)[0], *tensors, call)
+        return _run(tensors[0].device, operator.kernels(backend)[0], *tensors, call)
 
     def backward(*arguments: Any) -> tuple[Tensor, ...]:
         *rest, wanted = arguments
         grads, rest, saved = rest[:results], rest[results:-results], rest[-results:]
         tensors, call, backend = split(rest)
-        return _exactly(tensors[0].device, operator.kernels(backend)[1], *grads, *tensors, call, *saved, wanted)
+        return _run(tensors[0].device, operator.kernels(backend)[1], *grads, *tensors, call, *saved, wanted)
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
         tensors, call, _ = split(arguments)

@@ -57,7 +57,7 @@ def group_weight(g, group, labels, offs_n, keys, F: tl.constexpr):
     """Return w_jg of a block of keys, float32: the indicator of group g, or the key's weight in it."""
     if F.weights:
         own = (offs_n >= keys.start) & (offs_n < keys.end)
-        w = tl.load(labels.keys + offs_n * F.groups + g, mask=own, other=0.0)
+        w = tl.load(labels.keys + offs_n.to(tl.int64) * F.groups + g, mask=own, other=0.0)
     else:
         w = tl.where(group == g, 1.0, 0.0)
     return w

@@ -73,14 +73,14 @@ def own_interval(rows, keys, F: tl.constexpr):
 @triton.jit
 def key_interval(key, keys, queries, F: tl.constexpr):
     """Return the first and one past the last query row that sees a key."""
+    row = key - queries.offset
     lo = queries.first
-    hi = queries.limit
+    hi = queries.limit  # differences to it come first: a sum with a large limit would overflow
     if F.causal:
-        lo = tl.maximum(queries.first, key - queries.offset)
+        lo = tl.maximum(queries.first, row)
     if F.reach.window:
-        hi = tl.minimum(queries.limit, key + keys.reach.window - queries.offset)
-    if F.reach.chunk:  # the difference first: a sum with a large chunk would overflow
-        row = key - queries.offset
+        hi = row + tl.minimum(hi - row, keys.reach.window)
+    if F.reach.chunk:
         hi = row + tl.minimum(hi - row, keys.reach.chunk - _place_in_chunk(key, keys))
     return lo, hi
 

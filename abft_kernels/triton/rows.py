@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from abft_kernels.call import Call
+from abft_kernels.masking import MAX_POSITIONS
 from abft_kernels.merging import sink_gradient
 from abft_kernels.triton.combine import row_mass_combine_kernel, row_mass_dq_kernel
 from abft_kernels.triton.common import INTERPRETED, UNSPECIALIZED, load_tile, locate, matmul, one_head, rounded, scatter
@@ -44,6 +45,8 @@ from abft_kernels.triton.structs import (
     head_tile,
     next_power_of_2,
 )
+
+_LAST_POSITION = tl.constexpr(MAX_POSITIONS - 1)
 
 
 class PackedRows(NamedTuple):
@@ -84,7 +87,8 @@ def _packed_tile(q, positions, scores, at, first, keys, shape, F: tl.constexpr):
     in_range = packed < shape.group_size * shape.num_rows
     head = at.h * shape.group_size + packed // shape.num_rows
     row = packed % shape.num_rows
-    position = tl.load(positions + at.b * shape.num_rows + row, mask=in_range, other=-1).to(tl.int32)
+    position = tl.load(positions + at.b * shape.num_rows + row, mask=in_range, other=-1)
+    position = tl.minimum(position, _LAST_POSITION).to(tl.int32)
     own = position >= 0
     position -= shape.key_offset
     if F.ends:
@@ -228,9 +232,9 @@ def _row_mass_bwd_kernel(
                 dq_tile = matmul(ds, k_tile, dq_tile)
         mine = (offs_n >= first_out) & (offs_n < limit_out)
         if F.dk:
-            scatter(dk + key_base * F.head_dim + offs_n * F.head_dim, 1, dk_tile * scale, mine, F.head_dim)
+            scatter(dk + (key_base + offs_n) * F.head_dim, 1, dk_tile * scale, mine, F.head_dim)
         if F.dw:
-            scatter(dw + key_base * GROUPS + offs_n * GROUPS, 1, dw_tile, mine, GROUPS)
+            scatter(dw + (key_base + offs_n) * GROUPS, 1, dw_tile, mine, GROUPS)
     if F.dq:
         packed = at.start * BLOCK_M + tl.arange(0, BLOCK_M)
         packed_rows = shape.group_size * shape.num_rows

@@ -145,3 +145,23 @@ def test_rows_are_rows_of_the_fused_op(device):
         mass = mass_attention(q, k, v, groups, 2, backend=backend)[1]
         rows = row_mass(q[:, :, positions[0]], k, groups, 2, row_positions=positions, backend=backend)
         torch.testing.assert_close(rows, mass[:, :, positions[0]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("limit", ["window", "chunk"])
+@pytest.mark.parametrize("keys", [150, 2**30 - 1, 2**31 - 1, 2**40])
+def test_a_limit_over_all_keys_is_none(keys, limit, backend, device):
+    """Whole and in a shard, forward and backward: no sum with the limit overflows 32 bits."""
+    *heads, groups = _small(device)
+    for shard in ({}, {"key_offset": 40, "query_offset": 75}):
+        results = []
+        for options in ({}, {limit: keys}):
+            leaves = [x.detach().clone().requires_grad_() for x in heads]
+            out, mass = mass_attention(*leaves, groups, 2, backend=backend, **options, **shard)
+            row = row_mass(leaves[0][:, :, -1:], leaves[1], groups, 2, backend=backend,
+                           row_positions=torch.tensor([[69]], device=device), **options)  # fmt: skip
+            loss = out.square().sum() + mass.square().sum() + row.square().sum()
+            results.append([out, mass, row, *torch.autograd.grad(loss, leaves)])
+        for plain, limited in zip(*results, strict=True):
+            torch.testing.assert_close(plain, limited, rtol=1e-6, atol=1e-6)
+            assert plain.abs().max() > 0

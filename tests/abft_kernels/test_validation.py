@@ -24,6 +24,9 @@ def _arguments(**changes):
     ("changes", "error", "message"),
     [
         ({"q": [1.0]}, TypeError, "q must be a torch.Tensor, got list"),
+        ({"key_offset": -1}, ValueError, r"key_offset must be an int ≥ 0 .*, got -1"),
+        ({"query_offset": 0.5}, ValueError, r"query_offset must be an int ≥ 0 .*, got 0\.5"),
+        ({"key_offset": 2**30 - 5}, ValueError, r"key_offset=1073741819 with 6 keys goes beyond position 1073741824"),
         ({"q": torch.randn(H, N, D)}, ValueError, r"q must have shape .*got \(4, 6, 8\); transpose"),
         ({"k": torch.zeros(B, H_KV, N, D, dtype=torch.int32)}, TypeError, "k has dtype torch.int32; use float32"),
         ({"k": torch.randn(B, H_KV, N, D).half()}, TypeError, "q is torch.float32 but k is torch.float16; cast"),
