@@ -54,7 +54,7 @@ def run() -> int:
         table.add_row(name, version)
     console.print(table)
 
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     table = Table("device", "backend", "finding", title="Attention-mass backends, forward and backward in fp32")
     healthy = True
     for device in devices:
@@ -63,7 +63,8 @@ def run() -> int:
             for backend, status in available_backends(device).items()
         }
         for backend, finding in findings.items():
-            table.add_row(device, backend, finding)
+            name = device if device == "cpu" else f"{device} {torch.cuda.get_device_name(device)}"
+            table.add_row(name, backend, finding)
         healthy &= any(finding.startswith("works") for finding in findings.values())
         healthy &= not any(finding.startswith(("fails", "wrong")) for finding in findings.values())
     console.print(table)

@@ -147,3 +147,20 @@ def test_doctor_finds_the_torch_backend(capsys):
     output = capsys.readouterr().out
     assert "transformers" in output
     assert "works" in output
+
+
+def test_doctor_names_every_gpu_and_why_it_is_refused(capsys, monkeypatch):
+    """A card that is too old, beside one whose kernels run (here: on the CPU, under its name)."""
+    from abft_kernels.triton.launch import GPU, family_of
+
+    cards = {0: GPU("sm_75", family_of("sm_75"), 65_536), 1: GPU("sm_120", family_of("sm_120"), 101_376)}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device[-1]}")
+    monkeypatch.setattr("abft_kernels.triton.launch.gpu_of", lambda device: cards[device.index or 0])
+    monkeypatch.setattr("abft.cli.commands.doctor.check_backend", lambda backend, device: f"works {device}")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["doctor"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "cuda:0 Card 0" in shown
+    assert "this GPU is sm_75; the kernels need sm_80 or newer" in shown
+    assert "works cuda:1" in shown
