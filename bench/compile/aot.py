@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from abft.files import write_json
 from bench.compile.launches import (  # before triton: it turns the interpreter off
+    DTYPES,
     KERNELS,
-    OPERATORS,
+    TABLE,
     TARGETS,
     Launch,
     Recorded,
+    family_of,
     gpu_target,
     recorded,
 )
@@ -34,7 +35,7 @@ import triton  # isort: skip
 name = "aot"
 description = "no GPU: registers, spills, shared memory and matrix instructions of every launch that a call can make"
 
-__all__ = ["Case", "compile_case", "gate_cases", "problems"]
+__all__ = ["Case", "compile_case", "problems"]
 
 
 class Case(NamedTuple):
@@ -64,13 +65,32 @@ class Case(NamedTuple):
         )
 
 
+def _reserved(case: Case, one: Recorded) -> int | None:
+    """Return the shared memory that the launch's entry in the table names; None of kernels without entries."""
+    family = family_of(case.target)
+    assert family is not None
+    tables = [table for table, of in KERNELS.items() if of[0] == case.operator and case.kernel in of[1]]
+    if not tables:
+        return None
+    of = one.arguments[-1]
+    serving = (
+        entry.shared_memory
+        for entry in TABLE[tables[0], DTYPES[case.dtype].itemsize, family]
+        if of.groups <= entry.groups
+        and max(of.block_d, of.block_dv) <= entry.head_tile
+        and entry.shared_memory <= TARGETS[case.target]
+    )
+    return next(serving, None)
+
+
 def compile_case(case: Case) -> dict[str, Any]:
     """Return the case with the figures of :func:`bench.compile.machine_code.report` and `loops`, the instructions of
     each main loop, or with `error`."""
-    row: dict[str, Any] = {field: x for field, x in case._asdict().items() if field not in ("table", "nth")}
+    row: dict[str, Any] = {field: x for field, x in case._asdict().items() if field != "table"}
+    row["limit"] = TARGETS[case.target]
     try:
         one = [launch for launch in case.launches() if launch.name == case.kernel][case.nth]
-        row["launch"] = one.launch
+        row |= {"launch": one.launch, "reserved": None if case.launch else _reserved(case, one)}
         target = gpu_target(case.target)
         source, options = one.source(target)
         figures, loops = report(triton.compile(source, target=target, options=options))
@@ -86,59 +106,11 @@ def problems(row: dict[str, Any]) -> list[str]:
     found = []
     if row["spills"] or row["stack"]:
         found.append(f"spills: {row['spills']} instructions, {row['stack']} bytes")
-    if row["shared"] > TARGETS[row["target"]]:
-        found.append(f"shared memory {row['shared']} over {TARGETS[row['target']]}")
+    if row["shared"] > row["limit"]:
+        found.append(f"shared memory {row['shared']} over {row['limit']}")
+    if row["reserved"] is not None and row["shared"] > row["reserved"]:
+        found.append(f"shared memory {row['shared']} over the {row['reserved']} of its entry in the table")
     return found
-
-
-# The forms of each operator.
-GATE_FORMS = {
-    "fused": ("full", "off", "lean", "ones", "mass", "narrow", "noncausal", "packed", "gemma", "oss", "chunk", "alibi",
-              "weights", "dropout", "rows"),
-    "rows": ("full", "one", "ones", "narrow", "final", "many", "noncausal", "packed", "gemma", "oss", "chunk", "alibi",
-             "weights"),
-    "decode": ("full", "one", "off", "narrow", "final", "noncausal", "gemma", "oss", "chunk", "alibi", "weights"),
-}  # fmt: skip
-
-
-def gate_cases(
-    targets: Iterable[str], head_dims: Iterable[int], dtypes: Iterable[str] = ("bf16", "fp32")
-) -> list[Case]:
-    """Return every distinct compilation of the calls that a user can make; fp16 compiles its full forms alone.
-
-    A call that no launch of the table serves is left out: the operators refuse it.
-    """
-    cases: dict[tuple[str, str], Case] = {}
-    for target in targets:
-        for dtype in dtypes:
-            for head_dim in head_dims:
-                for operator in OPERATORS:
-                    for groups, form in _groups_and_forms(operator, dtype):
-                        case = Case(operator, "", target, dtype, head_dim, groups, form)
-                        for key, one in _distinct(case):
-                            cases.setdefault((target, key), one)
-    return list(cases.values())
-
-
-def _groups_and_forms(operator: str, dtype: str) -> list[tuple[int, str]]:
-    if dtype == "fp16":
-        return [(2, "full")]
-    return [*((2, form) for form in GATE_FORMS[operator]), (16, "full"), (16, "weights")]
-
-
-def _distinct(case: Case) -> Iterator[tuple[str, Case]]:
-    """Yield the launches of an operator, each with what its compilation depends on."""
-    try:
-        launches = case.launches()
-    except NotImplementedError:
-        return
-    target = gpu_target(case.target)
-    seen: dict[str, int] = {}
-    for one in launches:
-        source, options = one.source(target)
-        nth = seen.setdefault(one.name, 0)
-        seen[one.name] += 1
-        yield f"{source.hash()} {options}", case._replace(kernel=one.name, nth=nth)
 
 
 def instruction_table(targets: list[str], jobs: int) -> list[dict[str, Any]]:
@@ -165,6 +137,25 @@ def instruction_table(targets: list[str], jobs: int) -> list[dict[str, Any]]:
     return rows
 
 
+def gate_result(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the rows with their provenance, and the list of what spills."""
+    kept = (
+        "operator",
+        "kernel",
+        "target",
+        "dtype",
+        "head_dim",
+        "groups",
+        "form",
+        "launch",
+        "spills",
+        "stack",
+        "loop_spills",
+    )
+    spills = [{field: row[field] for field in kept} for row in rows if row.get("spills") or row.get("stack")]
+    return {"provenance": provenance(("torch", "triton")), "spills": spills, "rows": rows}
+
+
 def short_name(kernel: str) -> str:
     """Return a kernel's name without what all share."""
     return kernel.strip("_").removesuffix("_kernel").removeprefix("mass_attn_").replace("row_mass", "rows")
@@ -185,7 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", default=",".join(TARGETS), help="architectures, comma-separated; all by default")
     parser.add_argument("--head-dims", default="64,128", help="head_dims, comma-separated")
     parser.add_argument("--dtype", default="bf16,fp16,fp32", help="element types, comma-separated")
-    parser.add_argument("--forms", default="", help="forms, comma-separated; all by default")
+    parser.add_argument("--sample", action="store_true", help="each target and each form with each kernel, about once")
+    parser.add_argument("--part", default="1/1", help="of so many equal parts of the cases the one to compile: 3/8")
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--instructions", action="store_true", help="main-loop instruction counts, mass off and on")
@@ -205,9 +197,14 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json:
             write_json(options.json, {"provenance": provenance(("torch", "triton")), "rows": table})
         return 0
-    cases = gate_cases(targets, map(int, options.head_dims.split(",")), options.dtype.split(","))
-    if options.forms:
-        cases = [case for case in cases if case.form in options.forms.split(",")]
+    from bench.compile.gate import gate_cases, sample
+
+    if options.sample:
+        cases = sample(targets)
+    else:
+        cases = gate_cases(targets, map(int, options.head_dims.split(",")), options.dtype.split(","))
+    part, parts = map(int, options.part.split("/"))
+    cases = cases[part - 1 :: parts]
     print(f"{len(cases)} compilations", flush=True)
     found = []
     with ProcessPoolExecutor(options.jobs) as pool:
@@ -215,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(_line(row), flush=True)
             found.append(row)
     if options.json:
-        write_json(options.json, {"provenance": provenance(("torch", "triton")), "rows": found})
+        write_json(options.json, gate_result(found))
     bad = sum(bool(problems(row)) for row in found)
     print(f"{len(found)} compilations, {bad} with problems")
     return 1 if bad else 0

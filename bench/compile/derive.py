@@ -43,11 +43,12 @@ __all__ = ["FORMS", "Choice", "Key", "choose", "main", "targets_of"]
 
 # Of `bench.compile.launches.FORMS`, by groups. What the others spill is listed, and slower for it, not wrong.
 FORMS: dict[str, dict[int, tuple[str, ...]]] = {
-    "fused": {0: ("off", "lean"), 2: ("full", "off", "lean", "ones"), 16: ("full",)},
+    "fused": {0: ("off",), 2: ("full", "off", "lean", "ones"), 16: ("full",)},
     "rows": {2: ("full", "one", "lean", "ones"), 16: ("full", "one")},
     "decode": {2: ("full", "one", "off", "lean"), 16: ("full", "one")},
 }
-FEATURES = ("packed", "gemma", "oss")
+# May spill outside of main loops. Decoding is never packed.
+FEATURES: dict[int, tuple[str, ...]] = {0: ("packed", "gemma", "oss", "lean"), 2: ("packed", "gemma", "oss"), 16: ()}
 LOOP_SPILLS = 4
 _BY_COMPILER = "no register spills and within shared memory by the compiler's report"
 
@@ -70,10 +71,10 @@ def cases(key: Key, launch: Launch, targets: Iterable[str]) -> Iterator[Case]:
         if target not in targets:
             continue
         # A launch is compiled for the mass unless it serves calls without it alone.
-        for groups in (0,) if key.groups == 0 else (2, 16):
+        for groups in (0,) if key.groups == 0 else (16, 2):
             if groups > key.groups:
                 continue
-            features = () if groups == 16 else FEATURES[operator == "decode" :]  # decoding is never packed
+            features = FEATURES[groups][operator == "decode" :]
             for form in (*FORMS[operator][groups], *features):
                 for kernel in kernels:
                     yield Case(operator, kernel, target, dtype, key.head_tile, groups, form, key.table, launch)
@@ -81,7 +82,7 @@ def cases(key: Key, launch: Launch, targets: Iterable[str]) -> Iterator[Case]:
 
 def refusal(case: Case, row: dict[str, Any], clock: bool = False) -> str:
     """Return the reason to reject what was compiled; empty if it is accepted."""
-    feature = case.form in FEATURES
+    feature = case.form in FEATURES[case.groups]
     if (clock or feature) and "error" not in row and row["loop_spills"] <= (LOOP_SPILLS if clock and feature else 0):
         row = row | {"spills": 0, "stack": 0}
     found = problems(row)
@@ -107,11 +108,22 @@ class Choice(NamedTuple):
         }
 
 
-def choose(key: Key, launches: list[Launch], targets: list[str]) -> Choice:
+def choose_all(keys: list[Key], launches: list[list[Launch]], targets: list[str]) -> list[Choice]:
+    """Return the choices for a head tile, the most groups first: a launch that serves many groups serves few."""
+    choices: list[Choice] = []
+    for key, to_try in zip(keys, launches, strict=True):
+        more = choices[-1].entry if choices else None
+        choices.append(choose(key, to_try, targets, more))
+    return choices
+
+
+def choose(key: Key, launches: list[Launch], targets: list[str], more: Entry | None = None) -> Choice:
     """Return the first launch that is accepted, with the shared memory of its largest form, and those rejected before
-    it."""
+    it; `more` is accepted for more groups."""
     refused = []
     for launch in launches:
+        if more is not None and launch == more.launch:
+            return Choice(key, more._replace(groups=key.groups), refused, [])
         shared, spills, why = 0, [], ""
         for case in cases(key, launch, targets):
             row = compile_case(case)
@@ -256,8 +268,8 @@ def _keys(families: Iterable[str], only: str, widths: Iterable[int], groups: Ite
     ]
 
 
-def put(entries: Entries, choice: Choice, timed: bool) -> None:
-    """Put the chosen entry into the table.
+def put(entries: Entries, choice: Choice, timed: bool, everywhere: bool = True) -> None:
+    """Put the chosen entry into the table; `everywhere`: compiled for every GPU of its family.
 
     What could not be timed keeps its launch, what no longer compiles well loses it. A faster entry that not every GPU
     of its family has the memory for comes before the one that they have, which stays.
@@ -267,9 +279,12 @@ def put(entries: Entries, choice: Choice, timed: bool) -> None:
         if not timed:
             entries.pop(choice.key, None)
         return
-    limit = limit_of(choice.key.family)
-    fallback = [one for one in before if one.shared_memory <= limit < choice.entry.shared_memory]
-    entries[choice.key] = [choice.entry, *fallback]
+    limit, entry = limit_of(choice.key.family), choice.entry
+    if not everywhere:  # the other GPUs may have taken more
+        known = [one.shared_memory for one in before if one.launch == entry.launch]
+        entry = entry._replace(shared_memory=max([entry.shared_memory, *known]))
+    fallback = [one for one in before if one.shared_memory <= limit < entry.shared_memory]
+    entries[choice.key] = [entry, *fallback]
 
 
 class Written:
@@ -364,10 +379,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.measure:
             choices = (measured(pool, key, of, target, options.tokens) for key, of in zip(keys, to_try, strict=True))
         else:
-            choices = ((choice, {}) for choice in pool.map(choose, keys, to_try, [targets] * len(keys)))
+            tiles: dict[tuple[Any, ...], list[int]] = {}
+            for index in sorted(range(len(keys)), key=lambda index: -keys[index].groups):
+                tiles.setdefault((*keys[index][:4], keys[index].groups == 0), []).append(index)
+            of_tiles = [[[values[index] for index in tile] for values in (keys, to_try)] for tile in tiles.values()]
+            chosen = pool.map(choose_all, *zip(*of_tiles, strict=True), [targets] * len(of_tiles))
+            choices = ((choice, {}) for of_tile in chosen for choice in of_tile)
         for choice, times in choices:
             timed += bool(times)
-            put(entries, choice, options.measure)
+            put(entries, choice, options.measure, set(targets) == TARGETS.keys())
             if choice.entry is not None or not options.measure:
                 written.add(entries, choice, times)
             elif not timed:

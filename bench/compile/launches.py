@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from abft_kernels.call import Call
 from abft_kernels.masking import Reach
 from abft_kernels.triton import backward, forward, launch, rows
-from abft_kernels.triton.launch import GPU, Entry, Launch, family_of
+from abft_kernels.triton.launch import GPU, TABLE, Entry, Launch, family_of
 from abft_kernels.triton.structs import head_block
 
 __all__ = ["FORMS", "OPERATORS", "TARGETS", "Recorded", "gpu_target", "recorded"]
@@ -116,13 +116,13 @@ def _launching(target: str, element_size: int, table: str, chosen: Launch | None
     changed = {}
     if chosen is not None:
         everything = [Entry(1 << 20, 16, chosen, 0)]
-        for key in {(kernel, element_size, family) for kernel, _, _ in launch.TABLE}:
-            changed[key] = everything if key[0] == table else [*launch.TABLE.get(key, []), *everything]
+        for key in {(kernel, element_size, family) for kernel, _, _ in TABLE}:
+            changed[key] = everything if key[0] == table else [*TABLE.get(key, []), *everything]
     with ExitStack() as stack:
         gpu = GPU(target, family, TARGETS[target])
         stack.enter_context(mock.patch.object(launch, "gpu_of", return_value=gpu))
         stack.enter_context(mock.patch.object(rows, "_multiprocessors", return_value=_SPLITS_OF))
-        stack.enter_context(mock.patch.dict(launch.TABLE, changed))
+        stack.enter_context(mock.patch.dict(TABLE, changed))
         yield
 
 
