@@ -83,17 +83,23 @@ def _reserved(case: Case, one: Recorded) -> int | None:
     return next(serving, None)
 
 
+def compiled_kernel(case: Case) -> tuple[Recorded, Any]:
+    """Return the launch of a case, and the kernel compiled for it."""
+    one = [launch for launch in case.launches() if launch.name == case.kernel][case.nth]
+    target = gpu_target(case.target)
+    source, options = one.source(target)
+    return one, triton.compile(source, target=target, options=options)
+
+
 def compile_case(case: Case) -> dict[str, Any]:
     """Return the case with the figures of :func:`bench.compile.machine_code.report` and `loops`, the instructions of
     each main loop, or with `error`."""
     row: dict[str, Any] = {field: x for field, x in case._asdict().items() if field != "table"}
     row["limit"] = TARGETS[case.target]
     try:
-        one = [launch for launch in case.launches() if launch.name == case.kernel][case.nth]
+        one, compiled = compiled_kernel(case)
         row |= {"launch": one.launch, "reserved": None if case.launch else _reserved(case, one)}
-        target = gpu_target(case.target)
-        source, options = one.source(target)
-        figures, loops = report(triton.compile(source, target=target, options=options))
+        figures, loops = report(compiled)
     except Exception as error:  # whatever the compiler raises is the finding
         return {**row, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
     return {**row, **figures, "loops": [loop.kinds() for loop in loops]}

@@ -28,6 +28,8 @@ _AMDGCN = (
     re.compile(r"\t([a-z]\w+)"),
     re.compile(r"\ts_c?branch\w*\s+(\.LBB\d+_\d+)"),
 )
+_MOVED = re.compile(r"UMOV (UR\d+), (0x[0-9a-f]+)")
+_DESCRIBED = re.compile(r"MMA .*idesc\[(UR\d+)\]")
 _KINDS = {
     "matrix": r".*MMA|v_w?mf?ma\w*",
     "special": r"MUFU|v_(exp|log|rcp|sqrt|rsq)_\w+",
@@ -56,11 +58,16 @@ def main_loops(assembly: str) -> list[Loop]:
     label_of, instruction, branch = _AMDGCN if ".LBB0_" in assembly else _SASS
     labels: dict[str, int] = {}
     lines: list[tuple[str, str]] = []
+    moved: dict[str, str] = {}
     branches: list[tuple[int, str]] = []
     for line in assembly.splitlines():
         if label := label_of.match(line):
             labels[label[1]] = len(lines)
         elif found := instruction.search(line):
+            if move := _MOVED.search(line):
+                moved[move[1]] = move[2]
+            elif of_tensor_core := _DESCRIBED.search(line):  # the shape stands in a register
+                line += f" // {moved.get(of_tensor_core[1], '')}"
             lines.append((found[1], line.strip()))
             if target := branch.search(line):
                 branches.append((len(lines), target[1]))
