@@ -10,6 +10,7 @@ each target, operator and form. `python -m bench.compile.derive` chooses the lau
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -31,6 +32,8 @@ from bench.compile.machine_code import report
 from bench.record import provenance
 
 import triton  # isort: skip
+
+RESERVED = 1024  # bytes of shared memory that the system takes of each block
 
 name = "aot"
 description = "no GPU: registers, spills, shared memory and matrix instructions of every launch that a call can make"
@@ -139,12 +142,20 @@ def instruction_table(targets: list[str], jobs: int) -> list[dict[str, Any]]:
     for off, on_row in zip(compiled[::2], compiled[1::2], strict=True):
         loops = [min(row["loops"], key=lambda loop: loop["instructions"]) for row in (off, on_row)]
         kept = ("kernel", "target", "head_dim", "launch", "registers", "shared")
-        rows.append({key: on_row[key] for key in kept} | {"off": loops[0], "on": loops[1]})
+        fitting = blocks_per_multiprocessor(
+            on_row["target"], on_row["registers"], on_row["launch"][2], on_row["shared"]
+        )
+        rows.append({key: on_row[key] for key in kept} | {"blocks": fitting, "off": loops[0], "on": loops[1]})
     return rows
 
 
-def gate_result(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the rows with their provenance, and the list of what spills."""
+def gate_result(rows: list[dict[str, Any]], before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the rows with the provenance of each target, and the list of what spills; a target compiled again replaces
+    its rows `before`."""
+    targets = {row["target"] for row in rows}
+    sources = {} if before is None else before["provenance"]
+    sources = {**sources, **dict.fromkeys(sorted(targets), provenance(("torch", "triton")))}
+    rows = [*([] if before is None else [row for row in before["rows"] if row["target"] not in targets]), *rows]
     kept = (
         "operator",
         "kernel",
@@ -159,12 +170,40 @@ def gate_result(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "loop_spills",
     )
     spills = [{field: row[field] for field in kept} for row in rows if row.get("spills") or row.get("stack")]
-    return {"provenance": provenance(("torch", "triton")), "spills": spills, "rows": rows}
+    return {"provenance": sources, "spills": spills, "rows": rows}
+
+
+def blocks_per_multiprocessor(target: str, registers: int, num_warps: int, shared: int) -> int:
+    """Return how many blocks fit an NVIDIA multiprocessor by registers, shared memory and warps.
+
+    CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": 64 Ki registers, in units of 8 a
+    thread; at most 64 warps (48 of sm_86, sm_89 and sm_12x) and 32 blocks, each with 1 KiB of shared memory more.
+    """
+    small = target in ("sm_86", "sm_89", "sm_120", "sm_121")
+    memory = TARGETS[target] + RESERVED
+    of_block = -(-registers // 8) * 8 * 32 * num_warps
+    return min(65536 // of_block, memory // (shared + RESERVED), (48 if small else 64) // num_warps, 32)
 
 
 def short_name(kernel: str) -> str:
     """Return a kernel's name without what all share."""
     return kernel.strip("_").removesuffix("_kernel").removeprefix("mass_attn_").replace("row_mass", "rows")
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a Markdown table, a line for each target and kernel: the most of registers, shared memory and spills."""
+    lines = ["| target | kernel | compiled | registers | shared memory, KiB | spills |", "|---|---|---|---|---|---|"]
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        kernel = short_name(row["kernel"]) + (" with values" if row["operator"] == "decode" else "")
+        found.setdefault((row["target"], kernel), []).append(row)
+    order = list(TARGETS)
+    for (target, kernel), of in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+        spilling = [row for row in of if row["spills"] or row["stack"]]
+        spills = f"{len(spilling)}, to {max(row['stack'] for row in spilling)} bytes" if spilling else "none"
+        registers, shared = (max(row[field] for row in of) for field in ("registers", "shared"))
+        lines.append(f"| {target} | {kernel} | {len(of)} | {registers} | {shared / 1024:.0f} | {spills} |")
+    return lines
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -182,9 +221,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", default=",".join(TARGETS), help="architectures, comma-separated; all by default")
     parser.add_argument("--head-dims", default="64,128", help="head_dims, comma-separated")
     parser.add_argument("--dtype", default="bf16,fp16,fp32", help="element types, comma-separated")
+    parser.add_argument("--forms", default="", help="of bench.compile.gate, comma-separated; all by default")
     parser.add_argument("--sample", action="store_true", help="each target and each form with each kernel, about once")
     parser.add_argument("--part", default="1/1", help="of so many equal parts of the cases the one to compile: 3/8")
     parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--summary", action="store_true", help="print a Markdown table of targets and kernels")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other targets that the file has")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--instructions", action="store_true", help="main-loop instruction counts, mass off and on")
     options = parser.parse_args(arguments)
@@ -195,8 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
         table = instruction_table([target for target in targets if target.startswith("sm_")], options.jobs)
         for row in table:
             off, on = row["off"], row["on"]
+            fitting = f"{row['registers']} registers, {row['blocks']} blocks, "
             print(
-                f"{short_name(row['kernel']):7} {row['target']:7} D{row['head_dim']:<3} mass off "
+                f"{short_name(row['kernel']):7} {row['target']:7} D{row['head_dim']:<3} {fitting}mass off "
                 f"{off['instructions']:4}, on {on['instructions']:4} of which a block without labels skips "
                 f"{on['skipped']}"
             )
@@ -209,6 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
         cases = sample(targets)
     else:
         cases = gate_cases(targets, map(int, options.head_dims.split(",")), options.dtype.split(","))
+    cases = [case for case in cases if not options.forms or case.form in options.forms.split(",")]
     part, parts = map(int, options.part.split("/"))
     cases = cases[part - 1 :: parts]
     print(f"{len(cases)} compilations", flush=True)
@@ -218,15 +262,18 @@ def main(arguments: list[str] | None = None) -> int:
             print(_line(row), flush=True)
             found.append(row)
     if options.json:
-        write_json(options.json, gate_result(found))
+        before = json.loads(options.json.read_text()) if options.add and options.json.exists() else None
+        write_json(options.json, gate_result(found, before))
+    if options.summary:
+        print(*summary(found), sep="\n")
     bad = sum(bool(problems(row)) for row in found)
     print(f"{len(found)} compilations, {bad} with problems")
     return 1 if bad else 0
 
 
 def run(out_dir: Path) -> Path:
-    """Compile what calls can launch, write `aot.json`, and return its path."""
-    path = out_dir / "aot.json"
+    """Compile what calls can launch, write `aot_gate.json`, and return its path."""
+    path = out_dir / "aot_gate.json"
     main(["--json", str(path)])
     return path
 

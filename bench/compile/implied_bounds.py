@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from abft.files import write_json
-from bench.compile.aot import Case, compiled_kernel, short_name
+from bench.compile.aot import Case, blocks_per_multiprocessor, compiled_kernel, short_name
 from bench.compile.launches import KERNELS
 from bench.compile.machine_code import Loop, report
 from bench.gpu.goals import verdicts
@@ -36,7 +36,7 @@ from bench.record import provenance
 name = "implied_bounds"
 description = "no GPU: cycles that the main loops' machine code implies, and the predicted share of the matrix peak"
 
-__all__ = ["MACHINES", "Machine", "blocks_per_multiprocessor", "cycles", "shares"]
+__all__ = ["MACHINES", "Machine", "cycles", "shares"]
 
 
 class Machine(NamedTuple):
@@ -45,21 +45,18 @@ class Machine(NamedTuple):
     gpu: str
     matrix: int  # operations per cycle and multiprocessor, 16 bits into float32, dense
     float_lanes: int  # FP32 results per cycle and multiprocessor
-    shared_memory: int  # bytes of a multiprocessor
     teraflops: float  # the peak of the whole GPU
 
 
 # Peaks: NVIDIA's A100, H100 and Blackwell papers. Per cycle and multiprocessor: 312 TFLOP/s / (108 · 1.41 GHz) and
-# 989.4 TFLOP/s / (132 · 1.83 GHz); for B200 twice H100's is assumed. FP32 results, MUFU, warps, registers and shared
-# memory: CUDA C++ Programming Guide, "Arithmetic Instructions" and "Technical Specifications".
+# 989.4 TFLOP/s / (132 · 1.83 GHz); for B200 twice H100's is assumed. FP32 results, MUFU and shared memory: CUDA
+# C++ Programming Guide, "Arithmetic Instructions" and "Technical Specifications".
 MACHINES = {
-    "sm_80": Machine("A100", 2048, 64, 164 << 10, 312.0),
-    "sm_90": Machine("H100 SXM", 4096, 128, 228 << 10, 989.4),
-    "sm_100": Machine("B200", 8192, 128, 228 << 10, 2250.0),
+    "sm_80": Machine("A100", 2048, 64, 312.0),
+    "sm_90": Machine("H100 SXM", 4096, 128, 989.4),
+    "sm_100": Machine("B200", 8192, 128, 2250.0),
 }
 SPECIAL, SCHEDULERS, BANKS = 16, 4, 128  # MUFU results, warp instructions and bytes of shared memory per cycle
-_REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
-_RESERVED = 1024  # bytes of shared memory that the system takes of each block
 _WIDTH = {"32": 4, "64": 8, "128": 16}  # bytes of a thread
 
 
@@ -135,16 +132,6 @@ def shares(of: dict[str, float]) -> dict[str, float]:
     return {"overlap": of["matrix"] / max(of.values()), "serial": of["matrix"] / serial}
 
 
-def blocks_per_multiprocessor(registers: int, num_warps: int, shared: int, machine: Machine) -> int:
-    """Return how many blocks fit a multiprocessor by registers, shared memory and warps.
-
-    Registers come in units of 8 a thread.
-    """
-    of_block = -(-registers // 8) * 8 * 32 * num_warps
-    by_memory = machine.shared_memory // (shared + _RESERVED)
-    return min(_REGISTERS // of_block, by_memory, _WARPS // num_warps, _BLOCKS)
-
-
 def bound(case: Case) -> dict[str, Any]:
     """Compile a case and return the bounds of its unmasked main loop, the shortest."""
     machine, (one, compiled) = MACHINES[case.target], compiled_kernel(case)
@@ -160,7 +147,7 @@ def bound(case: Case) -> dict[str, Any]:
         "launch": one.launch,
         "registers": figures["registers"],
         "shared": figures["shared"],
-        "blocks": blocks_per_multiprocessor(figures["registers"], num_warps, figures["shared"], machine),
+        "blocks": blocks_per_multiprocessor(case.target, figures["registers"], num_warps, figures["shared"]),
         # 2 products forward, 4 of dK and dV, 3 of dQ: a check of what was read.
         "products": work(loop, num_warps).operations / (2.0 * block_m * block_n * case.head_dim),
         "cycles": of,

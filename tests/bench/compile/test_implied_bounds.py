@@ -99,8 +99,7 @@ def test_unknown_shapes_are_no_guess(implied_bounds):
     ],
 )
 def test_blocks_per_multiprocessor(implied_bounds, registers, num_warps, shared, blocks):
-    machine = implied_bounds.MACHINES["sm_90"]
-    assert implied_bounds.blocks_per_multiprocessor(registers, num_warps, shared, machine) == blocks
+    assert implied_bounds.blocks_per_multiprocessor("sm_90", registers, num_warps, shared) == blocks
 
 
 def test_against_the_goals(implied_bounds):
