@@ -108,12 +108,19 @@ def compile_case(case: Case) -> dict[str, Any]:
     return {**row, **figures, "loops": [loop.kinds() for loop in loops]}
 
 
-def problems(row: dict[str, Any]) -> list[str]:
-    """Return the reasons to reject this compilation; empty if it is accepted."""
+def listed_spills(path: Path) -> dict[tuple[Any, ...], int]:
+    """Return the bytes of what a result of this command lists as spilling; nothing if there is no such file."""
+    rows = json.loads(path.read_text())["spills"] if path.exists() else []
+    return {tuple(row[field] for field in Case._fields[:7]): row["stack"] for row in rows}
+
+
+def problems(row: dict[str, Any], listed: dict[tuple[Any, ...], int] | None = None) -> list[str]:
+    """Return the reasons to reject this compilation, empty if it is accepted; what is listed may spill so many bytes."""
     if "error" in row:
         return [row["error"]]
     found = []
-    if row["spills"] or row["stack"]:
+    known = (listed or {}).get(tuple(row[field] for field in Case._fields[:7]))
+    if (row["spills"] or row["stack"]) and (known is None or row["stack"] > known):
         found.append(f"spills: {row['spills']} instructions, {row['stack']} bytes")
     if row["shared"] > row["limit"]:
         found.append(f"shared memory {row['shared']} over {row['limit']}")
@@ -225,6 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", action="store_true", help="each target and each form with each kernel, about once")
     parser.add_argument("--part", default="1/1", help="of so many equal parts of the cases the one to compile: 3/8")
     parser.add_argument("--json", type=Path, help="write the rows there")
+    known = Path(__file__).parents[1] / "results" / "aot_gate.json"
+    parser.add_argument("--known", type=Path, default=known, help="a result whose list of spills is accepted")
     parser.add_argument("--summary", action="store_true", help="print a Markdown table of targets and kernels")
     parser.add_argument("--add", action="store_true", help="keep the rows of other targets that the file has")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
@@ -266,7 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(options.json, gate_result(found, before))
     if options.summary:
         print(*summary(found), sep="\n")
-    bad = sum(bool(problems(row)) for row in found)
+    listed = listed_spills(options.known)
+    bad = sum(bool(problems(row, listed)) for row in found)
     print(f"{len(found)} compilations, {bad} with problems")
     return 1 if bad else 0
 
