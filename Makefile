@@ -44,9 +44,11 @@ test-oldest: $(OLDEST) $(OLDEST_HF)
 		tests/abft/models/test_attention.py tests/abft/models/test_refusals.py tests/abft/models/test_masses.py \
 		tests/abft/models/test_projections.py tests/abft/training/test_packing.py tests/abft/training/test_resume.py
 
-# Ten times as many drawn cases, different ones in each run.
+# Ten times as many drawn cases, different ones in each run; and every kernel that a call can launch, compiled for every
+# GPU of the launch table (hours).
 nightly: install-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/abft_kernels/test_properties.py --hypothesis-profile nightly
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.compile.aot --head-dims 64,128,256,512 --jobs $(WORKERS) --summary
 
 lint: install-test
 	$(BIN)/ruff check .

@@ -54,6 +54,8 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
         Entry(256, 16, Launch(64, 64, 8, 2), 0),
         Entry(512, 16, Launch(32, 16, 8, 2), 0),
     ],
+    ("forward", 2, "cdna"): [],
+    ("forward", 2, "rdna"): [],
     ("forward", 4, "sm_80"): [
         Entry(64, 16, Launch(64, 32, 8, 1), 0),
         Entry(128, 16, Launch(32, 32, 8, 1), 0),
@@ -68,6 +70,8 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
         Entry(128, 2, Launch(32, 32, 8, 1), 0),
         Entry(128, 16, Launch(16, 32, 8, 1), 0),
     ],
+    ("forward", 4, "cdna"): [],
+    ("forward", 4, "rdna"): [],
     ("backward_kv", 2, "sm_80"): [
         Entry(64, 16, Launch(32, 64, 8, 2), 0),
         Entry(128, 2, Launch(64, 64, 8, 1), 0),
@@ -91,6 +95,8 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
         Entry(256, 16, Launch(32, 32, 8, 1), 0),
         Entry(512, 16, Launch(16, 16, 8, 1), 0),
     ],
+    ("backward_kv", 2, "cdna"): [],
+    ("backward_kv", 2, "rdna"): [],
     ("backward_kv", 4, "sm_80"): [
         Entry(64, 2, Launch(16, 32, 8, 1), 0),
         Entry(64, 16, Launch(16, 16, 8, 1), 0),
@@ -104,6 +110,8 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
         Entry(64, 16, Launch(32, 32, 8, 1), 0),
         Entry(128, 16, Launch(32, 32, 8, 1), 0),
     ],
+    ("backward_kv", 4, "cdna"): [],
+    ("backward_kv", 4, "rdna"): [],
     ("backward_q", 2, "sm_80"): [
         Entry(64, 16, Launch(128, 64, 8, 3), 0),
         Entry(128, 16, Launch(128, 32, 8, 2), 0),
@@ -124,6 +132,8 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
         Entry(256, 16, Launch(64, 32, 8, 2), 0),
         Entry(512, 16, Launch(16, 16, 16, 1), 0),
     ],
+    ("backward_q", 2, "cdna"): [],
+    ("backward_q", 2, "rdna"): [],
     ("backward_q", 4, "sm_80"): [
         Entry(64, 16, Launch(32, 32, 8, 1), 0),
     ],
@@ -135,6 +145,8 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
         Entry(64, 16, Launch(32, 32, 8, 1), 0),
         Entry(128, 16, Launch(16, 16, 8, 1), 0),
     ],
+    ("backward_q", 4, "cdna"): [],
+    ("backward_q", 4, "rdna"): [],
     ("rows", 2, "sm_80"): [
         Entry(64, 2, Launch(16, 64, 4, 2), 0),
         Entry(64, 16, Launch(16, 32, 4, 2), 0),
@@ -155,6 +167,8 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
         Entry(256, 16, Launch(32, 32, 8, 2), 0),
         Entry(512, 16, Launch(16, 16, 8, 2), 0),
     ],
+    ("rows", 2, "cdna"): [],
+    ("rows", 2, "rdna"): [],
     ("rows", 4, "sm_80"): [
         Entry(64, 2, Launch(16, 64, 4, 2), 0),
         Entry(64, 16, Launch(16, 32, 4, 2), 0),
@@ -176,6 +190,8 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
         Entry(256, 16, Launch(16, 32, 8, 1), 0),
         Entry(512, 16, Launch(16, 16, 8, 1), 0),
     ],
+    ("rows", 4, "cdna"): [],
+    ("rows", 4, "rdna"): [],
     ("decode", 2, "sm_80"): [
         Entry(64, 2, Launch(16, 64, 4, 2), 0),
         Entry(64, 16, Launch(16, 32, 4, 2), 0),
@@ -196,6 +212,8 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
         Entry(256, 16, Launch(32, 32, 8, 2), 0),
         Entry(512, 16, Launch(16, 16, 8, 2), 0),
     ],
+    ("decode", 2, "cdna"): [],
+    ("decode", 2, "rdna"): [],
     ("decode", 4, "sm_80"): [
         Entry(64, 2, Launch(16, 64, 4, 2), 0),
         Entry(64, 16, Launch(16, 32, 4, 2), 0),
@@ -217,4 +235,6 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
         Entry(256, 16, Launch(16, 32, 8, 1), 0),
         Entry(512, 16, Launch(16, 16, 8, 1), 0),
     ],
+    ("decode", 4, "cdna"): [],
+    ("decode", 4, "rdna"): [],
 }

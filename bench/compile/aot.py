@@ -1,400 +1,289 @@
-"""Compile every kernel of the launch table ahead of time, without a GPU, and read the compiler's report.
+"""Compile the kernels ahead of time, without a GPU, and read the compiler's report.
 
-    python -m bench.compile.aot [--json FILE]      the table: registers, spills, shared memory, matrix instructions
+    python -m bench.compile.aot [--targets sm_90,gfx942] [--json FILE]     every launch that a user's call can make
+    python -m bench.compile.aot --instructions                             main loops with the mass off and on
 
-Each is causal with left padding and every incoming gradient, as a padded batch in training is; `--variants` adds the
-feature sets of `VARIANTS`, a form without any feature, and one with all integer arguments 1, which Triton makes
-constants. `python -m bench.compile.derive` chooses the entries.
+The first is the gate of `tests/abft_kernels/test_aot.py`: registers, spills, shared memory and matrix instructions of
+each target, operator and form. `python -m bench.compile.derive` chooses the launches.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import re
-import subprocess
+import json
 import sys
-import tempfile
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported, below
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-
-import triton
-import triton.backends.nvidia as nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from abft.files import write_json
-from abft_kernels.masking import Reach
-from abft_kernels.triton import backward, combine, forward, rows
-from abft_kernels.triton.launch import TABLE, Launch, preprocess_block, table_architecture
-from abft_kernels.triton.structs import (
-    Dropout,
-    Features,
-    Heads,
-    Labels,
-    RowShape,
-    Scores,
-    Sequences,
-    Shape,
-    head_block,
-    next_power_of_2,
+from bench.compile.launches import (  # before triton: it turns the interpreter off
+    DTYPES,
+    KERNELS,
+    TABLE,
+    TARGETS,
+    Launch,
+    Recorded,
+    family_of,
+    gpu_target,
+    recorded,
 )
+from bench.compile.machine_code import report
 from bench.record import provenance
 
+import triton  # isort: skip
+
+RESERVED = 1024  # bytes of shared memory that the system takes of each block
+
 name = "aot"
-description = "no GPU: registers, spills, shared memory and matrix instructions of every entry of the launch table"
+description = "no GPU: registers, spills, shared memory and matrix instructions of every launch that a call can make"
 
-__all__ = ["Case", "compile_case", "table_cases"]
-
-KERNELS = {
-    "forward": ["_mass_attn_fwd_kernel"],
-    "backward_kv": ["_mass_attn_bwd_kv_kernel"],
-    "backward_q": ["_mass_attn_bwd_q_kernel"],
-    "rows": ["_row_mass_fwd_kernel", "_row_mass_bwd_kernel"],
-    "other": ["_mass_attn_bwd_preprocess_kernel", "row_mass_combine_kernel", "row_mass_dq_kernel"],
-}
-# Shared memory that one program may have, in bytes; sm_80 itself has 163 KiB, sm_86 and sm_89 run the same entries.
-SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-# Types of what has not the dtype of the case, by name; a field of a tuple goes by TUPLE.FIELD.
-_POINTERS = {
-    "labels.keys": "*i8", "labels.blocks": "*i8", "row_mask": "*u8", "statistics.row_mask": "*u8",
-    "sequences.starts": "*i32", "sequences.ends": "*i32", "sequences.tiles": "*i32", "positions": "*i32",
-}  # fmt: skip
-_FLOAT32 = ("mass", "lse", "dmass", "dlse", "statistics.lse2", "statistics.delta", "statistics.dmass",
-            "scores.slope", "part_lse", "part_mass", "part_dq", "dw")  # fmt: skip
-_FLOATS = ("scale", "scores.factor", "scores.softcap2", "dropout.scale")
-_OF_CASE = ("sinks", "part_out", "dq", "dk", "dv")
-_TUPLES: dict[str, Any] = {
-    **dict.fromkeys(("q", "k", "v", "out", "do"), Heads), "labels": Labels, "scores": Scores, "dropout": Dropout,
-    "sequences": Sequences, "statistics": backward.Statistics,
-}  # fmt: skip
-# What a launch may have beside causal padded batches, and the tensor that comes with it.
-_FEATURES = {
-    **dict.fromkeys(Reach._fields, ""), "softcap": "", "dropout": "", "weights": "", "sinks": "sinks",
-    "slopes": "scores.slope", "row_mask": "row_mask", "packed": "sequences.tiles", "dw": "dw",
-}  # fmt: skip
-# Feature sets of models and of training; "all" is every one at once, "lean" not even a causal mask, "off" no mass.
-VARIANTS = {
-    "full": (), "packed": ("packed",), "gemma": ("window", "softcap"), "oss": ("window", "sinks"),
-    "alibi": ("slopes",), "weights": ("weights", "dw"), "dropout": ("dropout",),
-    "rows": ("row_mask",),
-}  # fmt: skip
+__all__ = ["Case", "compile_case", "problems"]
 
 
 class Case(NamedTuple):
-    """One compilation."""
+    """One compilation: a kernel among the launches of an operator."""
 
+    operator: str
     kernel: str
-    table: str
-    arch: int
+    target: str
     dtype: str
     head_dim: int
     groups: int
-    launch: Launch
-    variant: str = "full"
+    form: str = "full"
+    table: str = ""  # whose launch `launch` replaces
+    launch: Launch | None = None
+    nth: int = 0  # among the operator's launches of this kernel
+
+    def launches(self) -> list[Recorded]:
+        """Return all launches of the operator."""
+        return recorded(
+            self.operator,
+            self.target,
+            dtype=self.dtype,
+            head_dim=self.head_dim,
+            groups=self.groups,
+            form=self.form,
+            launch_of=(self.table, self.launch),
+        )
 
 
-def _kernel(name: str) -> Any:
-    for module in (forward, backward, rows, combine):
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise ValueError(f"no kernel {name}")
-
-
-def _features(case: Case, extra: set[str]) -> Features:
-    on = case.variant != "lean"
-    groups = 0 if case.variant == "off" or (not on and case.table != "rows") else case.groups
-    v = case.table != "rows" and case.kernel != "row_mass_combine_kernel"
-    block = head_block(case.head_dim)
-    reach = Reach(**dict.fromkeys(extra & set(Reach._fields), 1))
-    return Features(
-        head_dim=case.head_dim,
-        head_dim_v=case.head_dim,
-        block_d=block,
-        block_dv=block if v else 1,
-        block_m=case.launch.block_m,
-        block_n=case.launch.block_n,
-        groups=groups,
-        groups_pad=next_power_of_2(max(1, groups)),
-        precision="ieee" if case.dtype == "fp32" else "tf32",
-        causal=on,
-        reach=reach,
-        starts=on,
-        ends=on,
-        v=v,
-        dlse=on,
-        dq=True,
-        dk=True,
-        **dict.fromkeys(extra - set(Reach._fields), True),
+def _reserved(case: Case, one: Recorded) -> int | None:
+    """Return the shared memory that the launch's entry in the table names; None of kernels without entries."""
+    family = family_of(case.target)
+    assert family is not None
+    tables = [table for table, of in KERNELS.items() if of[0] == case.operator and case.kernel in of[1]]
+    if not tables:
+        return None
+    of = one.arguments[-1]
+    serving = (
+        entry.shared_memory
+        for entry in TABLE[tables[0], DTYPES[case.dtype].itemsize, family]
+        if of.groups <= entry.groups
+        and max(of.block_d, of.block_dv) <= entry.head_tile
+        and entry.shared_memory <= TARGETS[case.target]
     )
+    return next(serving, None)
 
 
-def _source(case: Case) -> ASTSource:
-    """Return the source as a launch would specialize it."""
-    kernel = _kernel(case.kernel)
-    extra = set(_FEATURES) if case.variant == "all" else set(VARIANTS.get(case.variant, ()))
-    chosen = _features(case, extra)
-    absent = {pointer for flag, pointer in _FEATURES.items() if flag not in extra}
-    if not chosen.starts:
-        absent |= {"sequences.starts", "sequences.ends", "dlse"}
-    if chosen.groups == 0:
-        absent |= {"labels.keys", "labels.blocks", "dmass", "statistics.dmass"}
-    if case.kernel != "_mass_attn_fwd_kernel" and case.kernel != "_mass_attn_bwd_q_kernel":
-        absent |= {"labels.blocks"}
-    if not chosen.v:
-        absent |= {"v", "out", "part_out"}
-    if case.kernel == "row_mass_combine_kernel":
-        absent |= {"sinks"}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-
-    def constant(path: tuple[int, ...], value: Any) -> str:
-        constants[path] = value
-        return "constexpr"
-
-    def of_type(name: str, field: str, path: tuple[int, ...]) -> str:
-        full = f"{name}.{field}" if field else name
-        of_heads = field == "ptr" or full in _OF_CASE
-        if name in absent or full in absent:
-            return constant(path, None if of_heads or not field or full in absent else 0)
-        if of_heads or full in _FLOAT32 or full in _POINTERS:
-            attributes[path] = [["tt.divisibility", 16]]
-            wide = full in _FLOAT32 or (full == "labels.keys" and "weights" in extra)
-            if full == "dq" and case.table == "rows":
-                wide = True  # parts of it
-            return "*fp32" if wide else _POINTERS.get(full, f"*{case.dtype}")
-        if full in _FLOATS:
-            return "fp32"
-        if field == "d" or case.variant == "ones":
-            return constant(path, 1)
-        if field in ("b", "h", "n"):
-            attributes[path] = [["tt.divisibility", 16]]
-        return "i64" if full == "dropout.seed" else "i32"
-
-    def of_tuple(name: str, kind: Any, path: tuple[int, ...]) -> Any:
-        types = (
-            of_tuple(name, Reach, (*path, at)) if field == "reach" else of_type(name, field, (*path, at))
-            for at, field in enumerate(kind._fields)
-        )
-        return kind(*types)
-
-    signature: dict[str, Any] = {}
-    tuples = _TUPLES | {"shape": RowShape if case.table == "rows" else Shape}
-    for index, name in enumerate(kernel.arg_names):
-        if name == "F":
-            signature[name] = constant((index,), chosen)
-        elif name in tuples:
-            signature[name] = of_tuple(name, tuples[name], (index,))
-        else:
-            signature[name] = of_type(name, "", (index,))
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-
-
-class Loop(NamedTuple):
-    opcodes: Counter[str]
-    skipped: int  # instructions of the longest stretch that a branch inside the loop jumps over
-
-
-def main_loops(sass: str) -> list[Loop]:
-    """Return the innermost loops that hold matrix instructions, in the order of the code."""
-    labels: dict[str, int] = {}
-    opcodes: list[str] = []
-    branches: list[tuple[int, str]] = []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(opcodes)
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
-            opcodes.append(found[1])
-            if target := re.search(r"BRA.*`\((\.L_x_\d+)\)", line):
-                branches.append((len(opcodes), target[1]))
-    jumps = [(source, labels[label]) for source, label in branches if label in labels]
-    matrix = {"HGMMA", "HMMA", "UTCHMMA"}
-    loops = [(to, source) for source, to in jumps if to < source and matrix & set(opcodes[to:source])]
-    innermost = [x for x in loops if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
-    return [
-        Loop(
-            Counter(opcodes[start:end]),
-            max((to - source for source, to in jumps if start <= source < to < end), default=0),
-        )
-        for start, end in innermost
-    ]
+def compiled_kernel(case: Case) -> tuple[Recorded, Any]:
+    """Return the launch of a case, and the kernel compiled for it."""
+    one = [launch for launch in case.launches() if launch.name == case.kernel][case.nth]
+    target = gpu_target(case.target)
+    source, options = one.source(target)
+    return one, triton.compile(source, target=target, options=options)
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-    """Add `registers`, `stack`, `spills` (local-memory instructions), `loop_spills` (those of them inside main loops),
-    `shared`, `hgmma`, `hmma`, `utcmma`, `loops` (counts of instructions of each main loop), or `error`."""
-    row: dict[str, Any] = {**case._asdict(), "launch": list(case.launch)}
-    options = {"num_warps": case.launch.num_warps, "num_stages": case.launch.num_stages}
+    """Return the case with the figures of :func:`bench.compile.machine_code.report` and `loops`, the instructions of
+    each main loop, or with `error`."""
+    row: dict[str, Any] = {field: x for field, x in case._asdict().items() if field != "table"}
+    row["limit"] = TARGETS[case.target]
     try:
-        compiled = triton.compile(_source(case), target=GPUTarget("cuda", case.arch, 32), options=options)
+        one, compiled = compiled_kernel(case)
+        row |= {"launch": one.launch, "reserved": None if case.launch else _reserved(case, one)}
+        figures, loops = report(compiled)
     except Exception as error:  # whatever the compiler raises is the finding
         return {**row, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
-    tools = Path(nvidia.__file__).parent / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        sass = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        return {**row, "error": f"cuobjdump gave no usage: {usage[:200]}"}
-    loops = main_loops(sass)
-    return {
-        **row,
-        "registers": int(found[1]),
-        "stack": int(found[2]),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "shared": compiled.metadata.shared,
-        "hgmma": len(re.findall(r"\bHGMMA\b", sass)),
-        "hmma": len(re.findall(r"\bHMMA\b", sass)),
-        "utcmma": len(re.findall(r"\bUTC\w*MMA\b", sass)),
-        "loops": [_kinds(loop) for loop in loops],
-        "loop_spills": sum(loop.opcodes[op] for loop in loops for op in ("STL", "LDL")),
-    }
+    return {**row, **figures, "loops": [loop.kinds() for loop in loops]}
 
 
-def _kinds(loop: Loop) -> dict[str, int]:
-    kinds = {"matrix": r".*MMA", "special": r"MUFU", "float": r"F(ADD|MUL|FMA|MNMX\w*|SEL|SET\w*)",
-             "shared": r"(LDS\w*|STS\w*)", "global": r"(LDG\w*|LDGSTS\w*|UTMALDG|STG)"}  # fmt: skip
-    counts = {
-        kind: sum(n for op, n in loop.opcodes.items() if re.fullmatch(pattern, op)) for kind, pattern in kinds.items()
-    }
-    return {"instructions": loop.opcodes.total(), "skipped": loop.skipped, **counts}
+def listed_spills(path: Path) -> dict[tuple[Any, ...], int]:
+    """Return the bytes of what a result of this command lists as spilling; nothing if there is no such file."""
+    rows = json.loads(path.read_text())["spills"] if path.exists() else []
+    return {tuple(row[field] for field in Case._fields[:7]): row["stack"] for row in rows}
 
 
-def instruction_table(archs: list[int], jobs: int) -> list[dict[str, Any]]:
-    """Count the instructions of each fused kernel's unmasked main loop, per thread and iteration, mass off and on.
-
-    `skipped` is what a block of keys without a label jumps over. bf16, causal, 2 groups, the launch of the table.
-    """
-    cases = []
-    for table in ("forward", "backward_kv", "backward_q"):
-        for arch in archs:
-            for head_dim in (64, 128):
-                launch = _first(TABLE[table, 2, table_architecture(arch)], head_dim, 2)
-                assert launch is not None  # every architecture has them
-                cases += [Case(KERNELS[table][0], table, arch, "bf16", head_dim, 2, launch, v) for v in ("off", "full")]
-    with ProcessPoolExecutor(jobs) as pool:
-        compiled = list(pool.map(compile_case, cases))
-    rows = []
-    for off, on in zip(compiled[::2], compiled[1::2], strict=True):
-        loops = [min(row["loops"], key=lambda loop: loop["instructions"]) for row in (off, on)]
-        rows.append(
-            {key: on[key] for key in ("kernel", "arch", "head_dim", "launch")} | {"off": loops[0], "on": loops[1]}
-        )
-    return rows
-
-
-def _first(entries: list[tuple[int, int, Launch]], head_dim: int, groups: int) -> Launch | None:
-    return next((launch for width, most, launch in entries if head_dim <= width and groups <= most), None)
-
-
-def table_cases(archs: list[int], groups: list[int], variants: bool = False) -> list[Case]:
-    """Return every kernel of every entry; `variants` adds the other forms of the head-128 and head-64 entries."""
-    cases = []
-    for (table, element_size, table_arch), entries in TABLE.items():
-        dtype = "bf16" if element_size == 2 else "fp32"
-        for arch in archs:
-            if table_arch != table_architecture(arch):
-                continue
-            for head_dim, _, launch in entries:
-                served = [g for g in groups if _first(entries, head_dim, g) == launch]
-                tiles = {launch, launch._replace(block_m=16)} if table == "rows" else {launch}
-                for kernel in KERNELS[table]:
-                    cases += [
-                        Case(kernel, table, arch, dtype, head_dim, g, tile) for g in served for tile in sorted(tiles)
-                    ]
-                    if variants and head_dim == 128 and element_size == 2 and 2 in served:
-                        cases += [
-                            Case(kernel, table, arch, dtype, head_dim, 2, launch, v) for v in ("lean", "ones", "all")
-                        ]
-    for arch in archs:
-        for head_dim in (64, 128, 256):
-            launch = Launch(preprocess_block(head_dim), 0, 4, 3)
-            cases.append(Case(KERNELS["other"][0], "other", arch, "fp32", head_dim, groups[-1], launch))
-            cases.append(
-                Case(KERNELS["other"][2], "other", arch, "fp32", head_dim, 1, Launch(4096 // head_dim, 0, 4, 3))
-            )
-        cases.append(Case(KERNELS["other"][1], "other", arch, "fp32", 64, groups[-1], Launch(32, 0, 1, 3)))
-    return cases
-
-
-def problems(row: dict[str, Any]) -> list[str]:
-    """Return the reasons to reject this entry; empty if it is accepted."""
+def problems(row: dict[str, Any], listed: dict[tuple[Any, ...], int] | None = None) -> list[str]:
+    """Return the reasons to reject this compilation, empty if it is accepted; what is listed may spill so many bytes."""
     if "error" in row:
         return [row["error"]]
     found = []
-    if row["spills"] or row["stack"]:
+    known = (listed or {}).get(tuple(row[field] for field in Case._fields[:7]))
+    if (row["spills"] or row["stack"]) and (known is None or row["stack"] > known):
         found.append(f"spills: {row['spills']} instructions, {row['stack']} bytes")
-    if row["shared"] > SHARED_LIMIT[row["arch"]]:
-        found.append(f"shared memory {row['shared']} over {SHARED_LIMIT[row['arch']]}")
+    if row["shared"] > row["limit"]:
+        found.append(f"shared memory {row['shared']} over {row['limit']}")
+    if row["reserved"] is not None and row["shared"] > row["reserved"]:
+        found.append(f"shared memory {row['shared']} over the {row['reserved']} of its entry in the table")
     return found
 
 
+def instruction_table(targets: list[str], jobs: int) -> list[dict[str, Any]]:
+    """Count the instructions of each fused kernel's unmasked main loop, per thread and iteration, mass off and on.
+
+    `skipped` is what a block of keys without a label jumps over. bf16, causal, 2 groups; both with the launch of the
+    mass, so that tiles are alike.
+    """
+    cases = []
+    for table in ("forward", "backward_kv", "backward_q"):
+        operator, (kernel,) = KERNELS[table]
+        for target in targets:
+            for head_dim in (64, 128):
+                on = Case(operator, kernel, target, "bf16", head_dim, 2)
+                of_mass = Launch(*next(one.launch for one in on.launches() if one.name == kernel))
+                cases += [on._replace(form="off", table=table, launch=of_mass), on]
+    with ProcessPoolExecutor(jobs) as pool:
+        compiled = list(pool.map(compile_case, cases))
+    rows = []
+    for off, on_row in zip(compiled[::2], compiled[1::2], strict=True):
+        loops = [min(row["loops"], key=lambda loop: loop["instructions"]) for row in (off, on_row)]
+        kept = ("kernel", "target", "head_dim", "launch", "registers", "shared")
+        fitting = blocks_per_multiprocessor(
+            on_row["target"], on_row["registers"], on_row["launch"][2], on_row["shared"]
+        )
+        rows.append({key: on_row[key] for key in kept} | {"blocks": fitting, "off": loops[0], "on": loops[1]})
+    return rows
+
+
+def gate_result(rows: list[dict[str, Any]], before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the rows with the provenance of each target, and the list of what spills; a target compiled again replaces
+    its rows `before`."""
+    targets = {row["target"] for row in rows}
+    sources = {} if before is None else before["provenance"]
+    sources = {**sources, **dict.fromkeys(sorted(targets), provenance(("torch", "triton")))}
+    rows = [*([] if before is None else [row for row in before["rows"] if row["target"] not in targets]), *rows]
+    kept = (
+        "operator",
+        "kernel",
+        "target",
+        "dtype",
+        "head_dim",
+        "groups",
+        "form",
+        "launch",
+        "spills",
+        "stack",
+        "loop_spills",
+    )
+    spills = [{field: row[field] for field in kept} for row in rows if row.get("spills") or row.get("stack")]
+    return {"provenance": sources, "spills": spills, "rows": rows}
+
+
+def blocks_per_multiprocessor(target: str, registers: int, num_warps: int, shared: int) -> int:
+    """Return how many blocks fit an NVIDIA multiprocessor by registers, shared memory and warps.
+
+    CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": 64 Ki registers, in units of 8 a
+    thread; at most 64 warps (48 of sm_86, sm_89 and sm_12x) and 32 blocks, each with 1 KiB of shared memory more.
+    """
+    small = target in ("sm_86", "sm_89", "sm_120", "sm_121")
+    memory = TARGETS[target] + RESERVED
+    of_block = -(-registers // 8) * 8 * 32 * num_warps
+    return min(65536 // of_block, memory // (shared + RESERVED), (48 if small else 64) // num_warps, 32)
+
+
+def short_name(kernel: str) -> str:
+    """Return a kernel's name without what all share."""
+    return kernel.strip("_").removesuffix("_kernel").removeprefix("mass_attn_").replace("row_mass", "rows")
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a Markdown table, a line for each target and kernel: the most of registers, shared memory and spills."""
+    lines = ["| target | kernel | compiled | registers | shared memory, KiB | spills |", "|---|---|---|---|---|---|"]
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        kernel = short_name(row["kernel"]) + (" with values" if row["operator"] == "decode" else "")
+        found.setdefault((row["target"], kernel), []).append(row)
+    order = list(TARGETS)
+    for (target, kernel), of in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+        spilling = [row for row in of if row["spills"] or row["stack"]]
+        spills = f"{len(spilling)}, to {max(row['stack'] for row in spilling)} bytes" if spilling else "none"
+        registers, shared = (max(row[field] for row in of) for field in ("registers", "shared"))
+        lines.append(f"| {target} | {kernel} | {len(of)} | {registers} | {shared / 1024:.0f} | {spills} |")
+    return lines
+
+
 def _line(row: dict[str, Any]) -> str:
-    kernel = row["kernel"].strip("_").removesuffix("_kernel")
-    what = f"{kernel:24} sm_{row['arch']:<3} {row['dtype']} D{row['head_dim']:<3} G{row['groups']}"
-    launch = "x".join(map(str, row["launch"][:2])) + f" w{row['launch'][2]} s{row['launch'][3]}"
+    what = f"{short_name(row['kernel']):14} {row['target']:7} {row['dtype']} D{row['head_dim']:<3} G{row['groups']:<2}"
+    launch = "" if row["launch"] is None else "{}x{} w{} s{}".format(*row["launch"])
     state = "; ".join(problems(row)) or "ok"
     if "error" in row:
-        return f"{what} {row['variant']:4} {launch:14} {state}"
-    numbers = (
-        f"{row['registers']:3} regs {row['shared']:6} B shared, MMA {row['hgmma'] + row['hmma'] + row['utcmma']:3}"
-    )
-    return f"{what} {row['variant']:4} {launch:14} {numbers}  {state}"
+        return f"{what} {row['form']:9} {launch:14} {state}"
+    numbers = f"{row['registers']:3} regs {row['shared']:6} B shared, matrix {row['matrix']:3}"
+    return f"{what} {row['form']:9} {launch:14} {numbers}  {state}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compile.aot", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--arch", default="80,90", help="compute capabilities, comma-separated (80, 90, 100)")
-    parser.add_argument("--groups", default="2,8", help="numbers of key groups, comma-separated")
-    parser.add_argument("--dtype", default="bf16,fp32", help="element types, comma-separated")
-    parser.add_argument("--brief", action="store_true", help="each entry with its largest number of groups only")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="architectures, comma-separated; all by default")
+    parser.add_argument("--head-dims", default="64,128", help="head_dims, comma-separated")
+    parser.add_argument("--dtype", default="bf16,fp16,fp32", help="element types, comma-separated")
+    parser.add_argument("--forms", default="", help="of bench.compile.gate, comma-separated; all by default")
+    parser.add_argument("--sample", action="store_true", help="each target and each form with each kernel, about once")
+    parser.add_argument("--part", default="1/1", help="of so many equal parts of the cases the one to compile: 3/8")
     parser.add_argument("--json", type=Path, help="write the rows there")
+    known = Path(__file__).parents[1] / "results" / "aot_gate.json"
+    parser.add_argument("--known", type=Path, default=known, help="a result whose list of spills is accepted")
+    parser.add_argument("--summary", action="store_true", help="print a Markdown table of targets and kernels")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other targets that the file has")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--variants", action="store_true", help="also compile the featureless and the all-ones form")
     parser.add_argument("--instructions", action="store_true", help="main-loop instruction counts, mass off and on")
     options = parser.parse_args(arguments)
-    archs = [int(a) for a in options.arch.split(",")]
-    groups = [int(g) for g in options.groups.split(",")]
+    targets = options.targets.split(",")
+    if unknown := set(targets) - TARGETS.keys():
+        parser.error(f"unknown targets {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
     if options.instructions:
-        table = instruction_table(archs, options.jobs)
+        table = instruction_table([target for target in targets if target.startswith("sm_")], options.jobs)
         for row in table:
             off, on = row["off"], row["on"]
+            fitting = f"{row['registers']} registers, {row['blocks']} blocks, "
             print(
-                f"{row['kernel']:26} sm_{row['arch']:<3} D{row['head_dim']:<3} mass off {off['instructions']:4}, on "
-                f"{on['instructions']:4} of which a block without labels skips {on['skipped']}"
+                f"{short_name(row['kernel']):7} {row['target']:7} D{row['head_dim']:<3} {fitting}mass off "
+                f"{off['instructions']:4}, on {on['instructions']:4} of which a block without labels skips "
+                f"{on['skipped']}"
             )
         if options.json:
             write_json(options.json, {"provenance": provenance(("torch", "triton")), "rows": table})
         return 0
-    cases = table_cases(archs, groups, options.variants)
-    cases = [case for case in cases if case.dtype in options.dtype.split(",") or case.table == "other"]
-    if options.brief:
-        largest = {case._replace(groups=0): case for case in sorted(cases, key=lambda case: case.groups)}
-        cases = list(largest.values())
+    from bench.compile.gate import gate_cases, sample
+
+    if options.sample:
+        cases = sample(targets)
+    else:
+        cases = gate_cases(targets, map(int, options.head_dims.split(",")), options.dtype.split(","))
+    cases = [case for case in cases if not options.forms or case.form in options.forms.split(",")]
+    part, parts = map(int, options.part.split("/"))
+    cases = cases[part - 1 :: parts]
+    print(f"{len(cases)} compilations", flush=True)
     found = []
     with ProcessPoolExecutor(options.jobs) as pool:
         for row in pool.map(compile_case, cases):
             print(_line(row), flush=True)
             found.append(row)
     if options.json:
-        write_json(options.json, {"provenance": provenance(("torch", "triton")), "rows": found})
-    bad = sum(bool(problems(row)) for row in found)
+        before = json.loads(options.json.read_text()) if options.add and options.json.exists() else None
+        write_json(options.json, gate_result(found, before))
+    if options.summary:
+        print(*summary(found), sep="\n")
+    listed = listed_spills(options.known)
+    bad = sum(bool(problems(row, listed)) for row in found)
     print(f"{len(found)} compilations, {bad} with problems")
     return 1 if bad else 0
 
 
 def run(out_dir: Path) -> Path:
-    """Compile the table, write `aot.json`, and return its path."""
-    path = out_dir / "aot.json"
+    """Compile what calls can launch, write `aot_gate.json`, and return its path."""
+    path = out_dir / "aot_gate.json"
     main(["--json", str(path)])
     return path
 

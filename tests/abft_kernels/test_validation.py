@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from abft_kernels import attention, available_backends, mass_attention, merge_masses, row_mass
+from abft_kernels import attention, available_backends, functional, mass_attention, merge_masses, row_mass
 from abft_kernels.masking import Reach
 from abft_kernels.triton import launch
-from abft_kernels.triton.launch import launch_config, row_splits, widest_head_tile
-from abft_kernels.triton.launch_table import ARCHITECTURES
+from abft_kernels.triton.launch import GPU, family_of, launch_config, refusal, row_splits, serves
+from abft_kernels.triton.launch_table import TABLE, Entry, Launch
 
 B, H, H_KV, N, D = 2, 4, 2, 6, 8
 
@@ -145,20 +145,139 @@ def test_triton_says_what_it_cannot():
     with pytest.raises(NotImplementedError, match=r"head_dim 257 is over 128, .*; backend='torch' can"):
         attention(*wide, backend="triton")
     assert attention(*wide, backend="torch").shape == (1, 1, 4, 257)
-    with pytest.raises(NotImplementedError, match="head_dim 513 is over 512, the most in bfloat16"):
+    with pytest.raises(
+        NotImplementedError, match="head_dim 513 is over 512, the most of the forward kernel in 16 bits"
+    ):
         attention(*(torch.randn(1, 1, 4, 513, dtype=torch.bfloat16) for _ in range(3)), backend="triton")
     with pytest.raises(NotImplementedError, match="no forward launch for head tiles of 1024"):
         launch_config("forward", 1024, 2, 2, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_launch_table_serves_what_the_docs_promise(arch, monkeypatch):
-    monkeypatch.setattr(launch, "architecture", lambda device: arch)
-    device = torch.device("cpu")
-    assert widest_head_tile("fused", 2, 2, device) == 512
-    assert widest_head_tile("fused", 2, 16, device) == (256 if arch == 80 else 512)
-    assert widest_head_tile("fused", 4, 16, device) == (64 if arch == 80 else 128)
-    assert widest_head_tile("rows", 2, 16, device) == widest_head_tile("rows", 4, 16, device) == 512
+# Bytes of shared memory of one program.
+GPUS = {
+    "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10,
+    "sm_103": 227 << 10, "sm_120": 99 << 10, "sm_121": 99 << 10, "gfx90a": 64 << 10, "gfx942": 64 << 10,
+    "gfx950": 160 << 10, "gfx1100": 64 << 10, "gfx1201": 64 << 10,
+}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Return a function that makes every device a GPU of this name."""
+
+    def choose(name, shared_memory=None):
+        of_name = GPU(name, family_of(name), shared_memory or GPUS.get(name, 64 << 10))
+        monkeypatch.setattr(launch, "gpu_of", lambda device: of_name)
+
+    return choose
+
+
+def widest(kernel, element_size, groups):
+    """Return the widest head tile that a kernel serves on the chosen GPU."""
+    tiles = [tile for tile in (16, 32, 64, 128, 256, 512, 1024) if serves(kernel, tile, element_size, groups, CPU)]
+    return max(tiles, default=0)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_launch_table_serves_what_the_docs_promise(name, on):
+    on(name)
+    fused = ("forward", "backward_kv", "backward_q")
+    small = family_of(name) == "sm_80"
+    assert min(widest(kernel, 2, 2) for kernel in fused) >= 512
+    assert min(widest(kernel, 2, 16) for kernel in fused) >= (256 if small else 512)
+    assert min(widest(kernel, 4, 16) for kernel in fused) >= (64 if small else 128)
+    assert min(widest("rows", size, 16) for size in (2, 4)) == 512
+    assert min(widest("decode", size, 16) for size in (2, 4)) >= 256
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_every_launch_fits_the_gpu(name, on):
+    """Each entry names the bytes that it was compiled with, and every call that is served gets one that fits."""
+    on(name)
+    for (kernel, element_size, family), entries in TABLE.items():
+        if family != family_of(name):
+            continue
+        for entry in entries:
+            assert entry.shared_memory > 0, (kernel, element_size, family, entry)
+            found = launch_config(kernel, entry.head_tile, element_size, entry.groups, CPU)
+            fitting = [one.shared_memory for one in entries if one.launch == found]
+            assert min(fitting) <= GPUS[name]
+
+
+@pytest.mark.parametrize("name", ["sm_120", "sm_121", "sm_86", "sm_130", "sm_200"])
+def test_small_and_unknown_cards_fit_99_kib(name, on):
+    """What is newer than the table takes the entries of sm_80, none of which needs more than 101,376 bytes."""
+    on(name, 99 << 10)
+    assert family_of(name) == "sm_80"
+    for (kernel, element_size, family), entries in TABLE.items():
+        if family == "sm_80":
+            assert all(0 < entry.shared_memory <= 101_376 for entry in entries), (kernel, element_size)
+    assert refusal("fused", 128, 2, 16, CPU) is None
+    assert refusal("rows", 512, 4, 16, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("sm_70", None), ("sm_75", None), ("sm_80", "sm_80"), ("sm_89", "sm_80"), ("sm_90", "sm_90"),
+        ("sm_100", "sm_100"), ("sm_103", "sm_100"), ("sm_110", "sm_100"), ("sm_120", "sm_80"), ("sm_130", "sm_80"),
+        ("gfx906", None), ("gfx908", None), ("gfx1030", None), ("gfx90a", "cdna"), ("gfx942", "cdna"),
+        ("gfx950", "cdna"), ("gfx1100", "rdna"), ("gfx1201", "rdna"), ("gfx1301", "rdna"),
+    ],
+)  # fmt: skip
+def test_families(name, family):
+    assert family_of(name) == family
+
+
+@pytest.mark.parametrize(
+    ("name", "oldest"),
+    [("sm_75", "sm_80"), ("gfx906", "gfx90a .CDNA 2. or gfx1100 .RDNA 3."), ("gfx1030", "gfx90a .CDNA 2. or gfx1100")],
+)
+def test_old_gpus_are_refused_with_the_reason(name, oldest, on, monkeypatch):
+    on(name)
+    reason = f"this GPU is {name}; the kernels need {oldest}"
+    assert refusal("rows", 64, 2, 1, CPU) == refusal("fused", 64, 4, 16, CPU)
+    q, k, v, groups, g = (x.bfloat16() if isinstance(x, torch.Tensor) and x.dim() == 4 else x
+                          for x in _arguments().values())  # fmt: skip
+    with pytest.raises(NotImplementedError, match=f"cannot run this: {reason}.*; backend='torch' can"):
+        mass_attention(q, k, v, groups, g, backend="triton")
+    assert available_backends("cpu")["triton"].startswith(f"this GPU is {name}; the kernels need ")
+    # "auto" asks on a GPU alone.
+    functional._warn_once.cache_clear()
+    on_gpu = _OnGPU(q)
+    with pytest.warns(RuntimeWarning, match=f"backend 'auto' takes PyTorch, not Triton: {reason}"):
+        assert functional._choose("auto", on_gpu, None, "rows", 2) == "torch"
+
+
+class _OnGPU:
+    """What `auto` looks at of a tensor on a GPU."""
+
+    def __init__(self, x):
+        self.device, self.dtype, self.shape = torch.device("cuda", 0), x.dtype, x.shape
+
+
+def test_smaller_shared_memory_takes_the_next_smaller_entry(on, monkeypatch):
+    large, small = Launch(128, 64, 8, 3), Launch(64, 32, 4, 2)
+    entries = [Entry(64, 16, large, 120_000), Entry(64, 16, small, 60_000)]
+    monkeypatch.setitem(TABLE, ("forward", 2, "sm_80"), entries)
+    on("sm_80")
+    assert launch_config("forward", 64, 2, 2, CPU) == large
+    on("sm_86")
+    assert launch_config("forward", 64, 2, 2, CPU) == small
+    on("sm_86", 48 << 10)
+    assert not serves("forward", 64, 2, 2, CPU)
+    with pytest.raises(NotImplementedError, match="no forward launch for head tiles of 64 on sm_86"):
+        launch_config("forward", 64, 2, 2, CPU)
+    assert "is over 0, the most of the forward kernel in 16 bits" in (refusal("fused", 64, 2, 2, CPU) or "")
+
+
+def test_calls_without_mass_take_their_own_entry(on, monkeypatch):
+    own, shared = Launch(128, 128, 8, 2), Launch(64, 32, 4, 2)
+    monkeypatch.setitem(TABLE, ("forward", 2, "sm_90"), [Entry(64, 0, own, 100_000), Entry(64, 16, shared, 60_000)])
+    on("sm_90")
+    assert launch_config("forward", 64, 2, 0, CPU) == own
+    assert launch_config("forward", 64, 2, 2, CPU) == shared
 
 
 def test_without_gpu_or_interpreter(monkeypatch):
