@@ -34,10 +34,16 @@ class Call(NamedTuple):
     row_offset: int = 0  # position of query row 0, where rows are consecutive
     key_offset: int = 0  # what to subtract from the positions of chosen rows: they count all keys, this call a shard
     packed: bool = False  # the sequences are concatenated along the sequence dimension (batch size 1)
+    sparse_labels: bool = False  # few keys have a group: the fused kernels meet those last, in tiles of their own
     seed: int = 0  # of dropout
     scale: float = 1.0
     softcap: float = 0.0  # 0: none
     dropout_p: float = 0.0
+
+    def loop_groups(self, groups: int) -> int:
+        """Return how many of `groups` groups the main loops of the fused kernels count: 0 where labelled keys are met
+        last."""
+        return 0 if self.sparse_labels and self.groups is not None else groups
 
 
 class Gradients(NamedTuple):

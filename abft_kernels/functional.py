@@ -98,6 +98,7 @@ def row_mass(
     num_groups: int,
     *,
     row_positions: Tensor | None = None,
+    sparse_labels: bool = False,
     return_lse: Literal[False] = False,
     backend: Backend = "auto",
     **masking: Unpack[Keywords],
@@ -110,6 +111,7 @@ def row_mass(
     num_groups: int,
     *,
     row_positions: Tensor | None = None,
+    sparse_labels: bool = False,
     return_lse: Literal[True],
     backend: Backend = "auto",
     **masking: Unpack[Keywords],
@@ -133,6 +135,7 @@ def row_mass(
     cu_seqlens: Tensor | None = None,
     key_offset: int | None = None,
     query_offset: int | None = None,
+    sparse_labels: bool = False,
     return_lse: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -149,6 +152,7 @@ def row_mass(
             `causal`, a row sees keys up to and including its position. A negative position marks an absent row:
             mass 0, LSE −inf, no gradient. None: `q_rows` are consecutive, the last one aligned with the last key.
         query_offset: position of the first row where `row_positions` is None.
+        sparse_labels: few keys have a group id; without effect on rows with `row_positions`.
         backend: `"auto"` is Triton on a GPU, else PyTorch.
 
     Returns:
@@ -162,13 +166,16 @@ def row_mass(
         *(seq_lens, seq_starts, cu_seqlens, key_offset, query_offset),
     )
     few = row_positions is not None
+    output = None if few else Output(sparse_labels=sparse_labels)
     q_rows, masking = _with_positive_scale(q_rows, masking)
     heads = {"q_rows": q_rows, "k": k}
-    call, sequences = make_call(heads, (key_groups, num_groups), masking, None if few else Output())
+    call, sequences = make_call(heads, (key_groups, num_groups), masking, output)
     if row_positions is not None:
         last = None if masking.sharded else k.shape[2] - 1
         row_positions = check_rows(row_positions, sequences, q_rows.shape[2], 0, last)
-    chosen = _choose(backend, q_rows, None, "rows" if few else "fused", num_groups)
+    chosen = _choose(
+        backend, q_rows, None, "rows" if few else "fused", num_groups if few else call.loop_groups(num_groups)
+    )
     if chosen == "reference":
         mass, lse = reference.row_mass_reference(
             q_rows, k, key_groups, num_groups, row_positions=row_positions, return_lse=True, **masking._asdict()
@@ -235,6 +242,7 @@ def mass_attention(
     row_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
+    sparse_labels: bool = False,
     return_lse: Literal[False] = False,
     backend: Backend = "auto",
     **masking: Unpack[Keywords],
@@ -251,6 +259,7 @@ def mass_attention(
     row_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
+    sparse_labels: bool = False,
     return_lse: Literal[True],
     backend: Backend = "auto",
     **masking: Unpack[Keywords],
@@ -278,6 +287,7 @@ def mass_attention(
     row_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
+    sparse_labels: bool = False,
     return_lse: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
@@ -323,6 +333,9 @@ def mass_attention(
         dropout_p: dropout on the probabilities that make `out`, never on mass or LSE.
         dropout_seed: makes dropout reproducible: the same on every backend and for every tile size, and slower in
             PyTorch's backend. None draws from PyTorch's generator.
+        sparse_labels: True: few keys have a group id, for example label tokens; the mass then costs almost nothing,
+            and many labels cost time, never correctness. Needs integer `key_groups`. Only the fused Triton kernels
+            differ: they meet the labelled keys last, in tiles of their own.
         return_lse: also return the natural-log LSE of the scores (sinks included), differentiable too.
         backend: `"triton"` (fused kernel), `"torch"`, `"reference"`, or `"auto"`: Triton on a GPU, else PyTorch;
             with `row_positions`, PyTorch's attention and on a GPU the Triton row kernel.
@@ -340,7 +353,7 @@ def mass_attention(
         *(seq_lens, seq_starts, cu_seqlens, key_offset, query_offset),
     )
     q, masking = _with_positive_scale(q, masking)
-    output = Output(row_mask, dropout_p, dropout_seed)
+    output = Output(row_mask, dropout_p, dropout_seed, sparse_labels)
     call, sequences = make_call({"q": q, "k": k, "v": v}, (key_groups, num_groups), masking, output)
     first = call.row_offset + call.key_offset
     if row_positions is not None:
@@ -348,7 +361,8 @@ def mass_attention(
             raise ValueError("row_positions and row_mask both choose rows; pass one of them")
         last = None if masking.sharded else k.shape[2] - 1
         row_positions = check_rows(row_positions, sequences, None, max(0, first), last)
-    chosen = _choose(backend, q, v, "fused" if row_positions is None else "rows", num_groups)
+    fused = row_positions is None
+    chosen = _choose(backend, q, v, "fused" if fused else "rows", call.loop_groups(num_groups) if fused else num_groups)
     seeded = dropout_seed is not None
     if chosen == "reference":
         out, mass, lse = reference.mass_attention_reference(

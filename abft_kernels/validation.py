@@ -25,6 +25,7 @@ class Output(NamedTuple):
     row_mask: Tensor | None = None
     dropout_p: float = 0.0
     dropout_seed: int | None = None
+    sparse_labels: bool = False
 
 
 def make_call(
@@ -45,6 +46,10 @@ def make_call(
     _check_dropout(output_of)
     fields = check_masking(masking, q)
     groups, weights = (None, None) if labels is None else _check_groups(*labels, k)
+    if weights is not None and output_of.sparse_labels:
+        raise ValueError(
+            "sparse_labels=True needs integer key_groups, and these are weights; every key may have one: leave it False"
+        )
     n_k = k.shape[2]
     sequences = check_sequences(masking, q, None if output is None else q.shape[2], n_k)
     if packed and output is not None and q.shape[0] != 1:
@@ -69,6 +74,7 @@ def make_call(
         row_offset=n_k - q.shape[2] if masking.query_offset is None else masking.query_offset - key_offset,
         key_offset=key_offset,
         packed=packed,
+        sparse_labels=bool(output_of.sparse_labels),
         seed=seed if output_of.dropout_p and seed is not None else 0,
         dropout_p=output_of.dropout_p,
         **fields,  # type: ignore[arg-type]

@@ -32,15 +32,36 @@ from abft_kernels.triton.common import (
     rounded,
     store_tile,
 )
-from abft_kernels.triton.labels import add_column, any_label, group_weight, key_labels, load_groups, sample_labels
+from abft_kernels.triton.labelled import (
+    STRETCH,
+    defer,
+    index_labels,
+    key_bounds,
+    key_offsets,
+    label_programs,
+    label_range,
+    label_tiles,
+    stored_keys,
+)
+from abft_kernels.triton.labels import (
+    add_column,
+    any_label,
+    group_weight,
+    is_labelled,
+    key_labels,
+    load_groups,
+    sample_labels,
+)
 from abft_kernels.triton.launch import SMALL, launch_config, preprocess_block
 from abft_kernels.triton.masks import block_start, key_phases, keys_and_queries, phase_range, row_phases, seen_keys
-from abft_kernels.triton.softmax import LOG2E, dropout_keep, head_dropout, head_scores, probabilities
+from abft_kernels.triton.preprocess import Statistics, mass_attn_bwd_preprocess_kernel
+from abft_kernels.triton.softmax import dropout_keep, head_dropout, head_scores, probabilities
 from abft_kernels.triton.structs import (
     Dropout,
     Features,
     HeadCounts,
     Heads,
+    Place,
     Rows,
     Scores,
     Sequences,
@@ -73,48 +94,12 @@ class RowTile(NamedTuple):
     offs: tl.tensor
 
 
-class Statistics(NamedTuple):
-    """The statistics of every row, contiguous `(B, H, N_q, …)`."""
-
-    lse2: Tensor  # LSE in base 2; +inf for absent rows
-    delta: Tensor
-    dmass: Tensor | None
-    row_mask: Tensor | None  # (B, N_q)
-
-
 class HeadRows(NamedTuple):
     """Where the statistics of a head's rows begin, and where its sample's do in `row_mask`."""
 
     base: tl.tensor
     sample: tl.tensor
     n_q: tl.tensor
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def _mass_attn_bwd_preprocess_kernel(out, do, mass, lse, dlse, statistics, heads, n_q, num_tiles, F: tl.constexpr):
-    BLOCK_M: tl.constexpr = F.block_m
-    BLOCK_DV: tl.constexpr = F.block_dv
-    GROUPS: tl.constexpr = F.groups
-    at = locate(heads, num_tiles, BLOCK_M, False)
-    offs_m = at.start + tl.arange(0, BLOCK_M)
-    in_range = offs_m < n_q
-    row = at.bh * n_q + offs_m
-    delta = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if F.v:
-        offs_dv = tl.arange(0, BLOCK_DV)
-        out_tile = load_tile(one_head(out, at.b, at.h), at.start, offs_m, offs_dv, 0, n_q, F.head_dim_v, True)
-        do_tile = load_tile(one_head(do, at.b, at.h), at.start, offs_m, offs_dv, 0, n_q, F.head_dim_v, True)
-        delta += tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
-    for g in tl.static_range(GROUPS):
-        m = tl.load(mass + row * GROUPS + g, mask=in_range, other=0.0)
-        delta += m * tl.load(statistics.dmass + row * GROUPS + g, mask=in_range, other=0.0)
-    if F.dlse:
-        delta -= tl.load(dlse + row, mask=in_range, other=0.0)
-    lse_rows = tl.load(lse + row, mask=in_range, other=0.0)
-    absent = lse_rows == float("-inf")
-    tl.store(statistics.delta + row, tl.where(absent, 0.0, delta), mask=in_range)
-    # +inf, so that every probability of an absent row is 0.
-    tl.store(statistics.lse2 + row, tl.where(absent, float("inf"), lse_rows * LOG2E), mask=in_range)
 
 
 @triton.jit
@@ -201,24 +186,19 @@ def _key_block(
     return dk, dv, dw
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def _mass_attn_bwd_kv_kernel(
-    q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, seed_low, seed_high, sequences, counts,
-    n_q, n_k, offset, num_tiles, num_sequences, F: tl.constexpr,
+@triton.jit
+def _key_tile(
+    at, q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, seed_low, seed_high, sequences, shape,
+    F: tl.constexpr,
 ):  # fmt: skip
+    """Compute and store dk, dv and dw of a tile of keys."""
     BLOCK_N: tl.constexpr = F.block_n
     BLOCK_D: tl.constexpr = F.block_d
     BLOCK_DV: tl.constexpr = F.block_dv
     GROUPS: tl.constexpr = F.groups
     GROUPS_PAD: tl.constexpr = F.groups_pad
-    # Causal: the first keys have the most rows, and their tiles come first.
-    kv_heads = counts.heads // counts.group_size
-    if F.packed:
-        at = locate_packed(sequences, num_sequences, kv_heads, num_tiles, n_k, BLOCK_N)
-    else:
-        at = locate(kv_heads, num_tiles, BLOCK_N, False)
-    shape = Shape(counts.heads, counts.group_size, n_q, n_k, offset)
-    offs_n = at.start + tl.arange(0, BLOCK_N)
+    labels = sample_labels(labels, at.b, shape.n_k, 1, F)
+    offs_n = key_offsets(labels, at.start, F)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     keys, queries = keys_and_queries(sequences, at.sequence, shape, F)
@@ -227,7 +207,6 @@ def _mass_attn_bwd_kv_kernel(
     if F.v:
         v_rows = one_head(v, at.b, at.h)
         v_tile = load_tile(v_rows, at.start, offs_n, offs_dv, keys.start, keys.end, F.head_dim_v, True)
-    labels = sample_labels(labels, at.b, shape.n_k, 1, F)
     group = offs_n
     labelled = 1
     if F.groups > 0:
@@ -237,8 +216,11 @@ def _mass_attn_bwd_kv_kernel(
             for g in tl.static_range(GROUPS):
                 found += tl.abs(group_weight(g, group, labels, offs_n, keys, F))
             labelled = tl.max((found > 0).to(tl.int32), 0)
-    tile = KeyTile(k_tile, v_tile, group, labelled, offs_n)
-    phases = row_phases(at.start, keys, queries, F)
+    tile = KeyTile(k_tile, v_tile, group, labelled, offs_n.to(tl.int32))
+    # Labelled keys have masked blocks alone, and many.
+    MASKED_STAGES: tl.constexpr = None if F.gathered else 1
+    first_n, last_n = key_bounds(at.start, offs_n, keys, F)
+    phases = row_phases(first_n, last_n, keys, queries, F)
 
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
@@ -253,9 +235,9 @@ def _mass_attn_bwd_kv_kernel(
         head = HeadRows(off_bh * shape.n_q, at.b * shape.n_q, shape.n_q)
         of_scores = head_scores(scores, off_bh, F)
         of_dropout = head_dropout(dropout, seed_low, seed_high, off_bh, F)
-        for MASKED in tl.static_range(1, -1, -1):
+        for MASKED in tl.static_range(1, 0 if F.gathered else -1, -1):
             begin, end = phase_range(phases, MASKED)
-            for block in tl.range(begin, end, 1 if MASKED else F.block_m, num_stages=1 if MASKED else None):
+            for block in tl.range(begin, end, 1 if MASKED else F.block_m, num_stages=MASKED_STAGES if MASKED else None):
                 start_m = block_start(block, phases, F.block_m, MASKED)
                 dk_tile, dv_tile, dw_tile = _key_block(
                     dk_tile,
@@ -279,6 +261,7 @@ def _mass_attn_bwd_kv_kernel(
     limit_out = shape.n_k
     if F.packed:  # keys after the sequence are another tile's
         limit_out = keys.end
+    offs_n = stored_keys(labels, offs_n, keys, limit_out, F)
     key_base = at.bh * shape.n_k
     dk_rows = Rows(dk + key_base * F.head_dim, F.head_dim, 1)
     store_tile(dk_rows, at.start, offs_n, offs_d, limit_out, dk_tile * scale, F.head_dim)
@@ -290,18 +273,55 @@ def _mass_attn_bwd_kv_kernel(
         store_tile(dw_rows, at.start, offs_n, tl.arange(0, GROUPS_PAD), limit_out, dw_tile, F.groups)
 
 
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _mass_attn_bwd_kv_kernel(
+    q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, seed_low, seed_high, sequences, counts,
+    n_q, n_k, offset, num_tiles, num_sequences, F: tl.constexpr,
+):  # fmt: skip
+    BLOCK_N: tl.constexpr = F.block_n
+    kv_heads = counts.heads // counts.group_size
+    shape = Shape(counts.heads, counts.group_size, n_q, n_k, offset)
+    skipped = 0
+    if F.deferred > 0:  # first the programs that own labelled keys, of all heads: theirs are the longest loops
+        L: tl.constexpr = F.last
+        of_head = label_programs(n_k, num_sequences, F)
+        skipped = tl.num_programs(0) // (num_tiles + of_head) * of_head
+        if tl.program_id(0) < skipped:
+            if F.packed:
+                at = locate_packed(sequences, num_sequences, kv_heads, of_head, n_k, STRETCH)
+            else:
+                at = locate(kv_heads, of_head, STRETCH, False)
+            keys, _ = keys_and_queries(sequences, at.sequence, shape, F)
+            first, end, step = label_tiles(sample_labels(labels, at.b, n_k, 1, F), at, keys, n_k, F)
+            for entry in range(first, end, step):
+                at = Place(at.b, at.h, at.bh, at.sequence, entry)
+                _key_tile(
+                    at, q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, seed_low, seed_high,
+                    sequences, shape, L,
+                )  # fmt: skip
+            return
+    # Causal: the first keys have the most rows, and their tiles come first.
+    if F.packed:
+        at = locate_packed(sequences, num_sequences, kv_heads, num_tiles, n_k, BLOCK_N, skipped)
+    else:
+        at = locate(kv_heads, num_tiles, BLOCK_N, False, skipped)
+    _key_tile(
+        at, q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, seed_low, seed_high, sequences, shape,
+        F,
+    )  # fmt: skip
+
+
 @triton.jit
 def _row_block(
     dq, tile, labels, statistics, head, k_rows, v_rows, start_n, rows, keys, scores, dropout,
     F: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Return dq of a block of rows after one block of keys."""
-    BLOCK_N: tl.constexpr = F.block_n
     BLOCK_D: tl.constexpr = F.block_d
     BLOCK_DV: tl.constexpr = F.block_dv
     GROUPS: tl.constexpr = F.groups
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    cols = offs_n[None, :]
+    offs_n = key_offsets(labels, start_n, F)
+    cols = offs_n.to(tl.int32)[None, :]
     k = load_tile(k_rows, start_n, offs_n, tl.arange(0, BLOCK_D), keys.start, keys.end, F.head_dim, MASKED)
     p, capped = probabilities(scores, tile.q, k, rows, cols, tile.lse2[:, None], F)
     if MASKED:
@@ -320,7 +340,11 @@ def _row_block(
                 dmass = _load_dmass(statistics, head, g, tile.offs, tile.wanted, F)
                 w = group_weight(g, group, labels, offs_n, keys, F)
                 slope += dmass[:, None] * w[None, :]
-    return matmul(rounded(_score_gradient(p, slope, capped, F), k.dtype), k, dq)
+    ds = _score_gradient(p, slope, capped, F)
+    if F.deferred > 0:  # noqa: SIM102
+        if any_label(labels, start_n, F):
+            ds = tl.where(is_labelled(load_groups(labels, offs_n, F), F.deferred)[None, :], 0.0, ds)
+    return matmul(rounded(ds, k.dtype), k, dq)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -368,6 +392,13 @@ def _mass_attn_bwd_q_kernel(
             start_n = block_start(block, phases, F.block_n, MASKED)
             dq_tile = _row_block(
                 dq_tile, tile, labels, statistics, head, k_rows, v_rows, start_n, rows, keys, scores, dropout, F, MASKED
+            )
+    if F.deferred > 0:
+        L: tl.constexpr = F.last
+        begin, end = label_range(labels, phases, F)
+        for entry in tl.range(begin, end, L.block_n, num_stages=1):
+            dq_tile = _row_block(
+                dq_tile, tile, labels, statistics, head, k_rows, v_rows, entry, rows, keys, scores, dropout, L, True
             )
     limit_out = shape.n_q
     if F.packed:
@@ -435,27 +466,32 @@ def backward(
         HeadCounts(heads, heads // kv_heads),
     )
     shape = Sizes.of(call, n_q, n_k)
-    launch = launch_config("backward_kv", width, q.element_size(), groups, q.device)
-    of_keys = features(q, v, call, launch, groups, dw=want_dw)
+    loop_groups = call.loop_groups(groups)
+    launch = launch_config("backward_kv", width, q.element_size(), loop_groups, q.device)
+    of_keys = defer(features(q, v, call, launch, groups, dw=want_dw), call)
 
     block = preprocess_block(of_keys.block_dv)
     num_tiles = triton.cdiv(n_q, block)
     of = Features(head_dim_v=of_keys.head_dim_v, block_dv=of_keys.block_dv, block_m=block, groups=groups, v=of_keys.v)
     of = of._replace(dlse=dlse is not None)
-    _mass_attn_bwd_preprocess_kernel[(num_tiles * batch * heads,)](
+    mass_attn_bwd_preprocess_kernel[(num_tiles * batch * heads,)](
         Heads.of(out), inputs[3], mass, lse, dlse, statistics, heads, n_q, num_tiles, of, **SMALL.options
     )
     if call.sinks is not None:
         dsinks = sink_gradient(call.sinks, lse, delta)
 
     sizes = shape.tiled(call, n_k, launch.block_n)
-    _mass_attn_bwd_kv_kernel[(sizes.num_tiles * batch * kv_heads,)](
-        *inputs, key_labels(call, groups), statistics, dk, dv, dw, *of_call, *sizes, of_keys, **launch.options
+    labels, tiles = key_labels(call, groups), sizes.num_tiles
+    if of_keys.deferred:
+        labels, tiles = index_labels(labels.keys, groups), tiles + shape.tiled(call, n_k, STRETCH.value).num_tiles
+    _mass_attn_bwd_kv_kernel[(tiles * batch * kv_heads,)](
+        *inputs, labels, statistics, dk, dv, dw, *of_call, *sizes, of_keys, **launch.options
     )
 
-    launch = launch_config("backward_q", width, q.element_size(), groups, q.device)
-    sizes = shape.tiled(call, n_q, launch.block_m)
-    labels, of = key_labels(call, groups, launch.block_n), features(q, v, call, launch, groups)
+    launch = launch_config("backward_q", width, q.element_size(), loop_groups, q.device)
+    sizes, of = shape.tiled(call, n_q, launch.block_m), defer(features(q, v, call, launch, groups), call)
+    if not of.deferred:
+        labels = key_labels(call, groups, launch.block_n)
     _mass_attn_bwd_q_kernel[(sizes.num_tiles * batch * heads,)](
         *inputs, labels, statistics, dq, *of_call, *sizes, of, **launch.options
     )

@@ -44,27 +44,28 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def locate(heads, num_tiles, block, LAST_FIRST: tl.constexpr):
-    """Return the place of this program's tile of `block` rows.
+def locate(heads, num_tiles, block, LAST_FIRST: tl.constexpr, skipped=0):
+    """Return the place of this program's tile of `block` rows; the first `skipped` programs do something else.
 
     One grid dimension holds tiles, heads and samples: the others end at 65,535.
     """
-    bh = (tl.program_id(0) // num_tiles).to(tl.int64)
-    tile = tl.program_id(0) % num_tiles
+    program = tl.program_id(0) - skipped
+    bh = (program // num_tiles).to(tl.int64)
+    tile = program % num_tiles
     b = bh // heads
     start = (num_tiles - 1 - tile if LAST_FIRST else tile) * block
     return Place(b, bh % heads, bh, b, start)
 
 
 @triton.jit
-def locate_packed(sequences, num_sequences, heads, num_tiles, total, BLOCK: tl.constexpr):
+def locate_packed(sequences, num_sequences, heads, num_tiles, total, BLOCK: tl.constexpr, skipped=0):
     """Return the place of this program's tile of packed sequences; a tile lies within one of them.
 
     The tiles of sequence s begin with number start_s // BLOCK + s: no fewer than it fills, and known without the
     lengths of the others, so that no map of tiles has to be made. A tile that it does not fill begins at `total`,
     where it finds nothing to do. The last tiles come first.
     """
-    at = locate(heads, num_tiles, 1, True)
+    at = locate(heads, num_tiles, 1, True, skipped)
     sequence = -1
     for first in range(0, num_sequences, 128):
         index = first + tl.arange(0, 128)

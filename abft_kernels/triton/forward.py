@@ -33,6 +33,7 @@ from abft_kernels.triton.common import (
     scatter,
     store_tile,
 )
+from abft_kernels.triton.labelled import defer, index_labels, labelled_masses
 from abft_kernels.triton.labels import add_masses, any_label, key_labels, sample_labels
 from abft_kernels.triton.launch import decodes, launch_config, serves
 from abft_kernels.triton.masks import any_key, block_start, key_phases, keys_and_queries, phase_range, seen_keys
@@ -89,6 +90,7 @@ def _mass_attn_fwd_kernel(
     BLOCK_M: tl.constexpr = F.block_m
     BLOCK_D: tl.constexpr = F.block_d
     BLOCK_DV: tl.constexpr = F.block_dv
+    GROUPS: tl.constexpr = F.groups + F.deferred
     GROUPS_PAD: tl.constexpr = F.groups_pad
     # Causal rows grow with their index: longest first evens out the tail.
     if F.packed:
@@ -129,6 +131,8 @@ def _mass_attn_fwd_kernel(
                 acc, l_i, m_i, sums, tile, k_rows, v_rows, start, offs_m, rows, keys, labels, scores, dropout, F, MASKED
             )
 
+    if F.deferred > 0:
+        sums = labelled_masses(m_i, tile, k_rows, phases, rows, keys, labels, scores, F)
     # A NaN sum is a present row: it must show.
     present = own & any_key(offs_m + shape.offset, keys, F) & ~(l_i == 0.0)
     acc, sums, lse2 = finish(acc, sums, m_i, l_i, present, sinks, at.h, True, F.sinks)
@@ -139,10 +143,10 @@ def _mass_attn_fwd_kernel(
         written = own
     row_base = at.bh * shape.n_q
     tl.store(lse + row_base + offs_m, lse2 * LN2, mask=written)
-    if F.groups > 0:
+    if GROUPS > 0:
         if F.row_mask:
             sums = tl.where(wanted[:, None], sums, 0.0)
-        scatter(mass + (row_base + offs_m) * F.groups, 1, sums, written, F.groups)
+        scatter(mass + (row_base + offs_m) * GROUPS, 1, sums, written, GROUPS)
     if F.v:
         out_rows, offs_dv = one_head(out, at.b, at.h), tl.arange(0, BLOCK_DV)
         store_tile(out_rows, at.start, offs_m, offs_dv, limit_out, acc, F.head_dim_v)
@@ -170,12 +174,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor | None, call: Call) -> tuple[Tensor,
         positions = torch.arange(n_q, device=q.device, dtype=torch.int32).expand(batch, -1)
         row_kernel.forward_into(out, mass, lse, q, k, v, positions, call._replace(key_offset=-call.row_offset))
         return out, mass, lse
-    launch = launch_config("forward", *of_table)
+    launch = launch_config("forward", head_tile(q, v), q.element_size(), call.loop_groups(groups), q.device)
     sizes = Sizes.of(call, n_q, n_k).tiled(call, n_q, launch.block_m)
     inputs = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(out))
-    chosen = (key_labels(call, groups, launch.block_n), call.row_mask, call.sinks, Scores.of(call), Dropout.of(call))
+    of = defer(features(q, v, call, launch, groups, sinks=call.sinks is not None), call)
+    labels = key_labels(call, groups, 0 if of.deferred else launch.block_n)
+    if of.deferred:
+        labels = index_labels(labels.keys, groups)
+    chosen = (labels, call.row_mask, call.sinks, Scores.of(call), Dropout.of(call))
     of_call = (*seed_halves(call), Sequences.of(call), HeadCounts(heads, heads // kv_heads))
-    of = features(q, v, call, launch, groups, sinks=call.sinks is not None)
     _mass_attn_fwd_kernel[(sizes.num_tiles * batch * heads,)](
         *inputs, mass, lse, *chosen, *of_call, *sizes, of, **launch.options
     )

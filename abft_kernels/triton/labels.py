@@ -9,6 +9,8 @@ from torch import Tensor
 from abft_kernels.call import Call
 from abft_kernels.triton.structs import KeyLabels, Labels
 
+TILE = tl.constexpr(16)  # labelled keys of a tile, where they come last
+
 
 def key_labels(call: Call, groups: int, block: int = 0) -> Labels:
     """Return the labels of the keys for `groups` groups; with `block`, the map of labelled blocks too."""
@@ -30,17 +32,39 @@ def sample_labels(labels, b, n_k, active, F: tl.constexpr):
     """Return the labels of one sample; the pointers stand for nothing without groups."""
     keys = b
     blocks = b
-    if F.groups > 0:
+    positions = b
+    if F.groups + F.deferred > 0:
         keys = labels.keys + b * n_k * (F.groups if F.weights else 1)
-        if labels.blocks is not None:
+        if labels.positions is not None:
+            blocks = labels.blocks + b * counts_of(n_k)
+            positions = labels.positions + b * (n_k + TILE)
+        elif labels.blocks is not None:
             blocks = labels.blocks + b * tl.cdiv(n_k, F.block_n)
-    return KeyLabels(keys, blocks, n_k, active)
+    return KeyLabels(keys, blocks, positions, n_k, active)
+
+
+@triton.jit
+def counts_of(n_k):
+    """Return how many counts the index of labelled keys holds for a sample."""
+    return (n_k // 1024 + 1) * (1024 // TILE) + 1
+
+
+@triton.jit
+def is_labelled(group, GROUPS: tl.constexpr):
+    """Return which group ids are labels."""
+    return (group >= 0) & (group < GROUPS)
 
 
 @triton.jit
 def any_label(labels, start_n, F: tl.constexpr):
     """Return whether the block of keys at `start_n` holds a label that the rows want."""
-    return tl.load(labels.blocks + start_n // F.block_n) * labels.active != 0
+    found = labels.active
+    if F.deferred > 0:
+        first = labels.blocks + start_n // TILE
+        found = (tl.load(first + F.block_n // TILE) - tl.load(first)) * labels.active
+    elif not F.gathered:
+        found = tl.load(labels.blocks + start_n // F.block_n) * labels.active
+    return found != 0
 
 
 @triton.jit

@@ -160,14 +160,14 @@ def key_phases(start_m, keys, queries, F: tl.constexpr):
 
 
 @triton.jit
-def row_phases(start_n, keys, queries, F: tl.constexpr):
-    """Return the phases of the rows that see the keys `start_n … start_n + block_n − 1`."""
-    lo, full_hi = key_interval(start_n, keys, queries, F)
-    full_lo, hi = key_interval(start_n + F.block_n - 1, keys, queries, F)
+def row_phases(first_n, last_n, keys, queries, F: tl.constexpr):
+    """Return the phases of the rows that see the keys `first_n … last_n`; all are masked for gathered ones."""
+    lo, full_hi = key_interval(first_n, keys, queries, F)
+    full_lo, hi = key_interval(last_n, keys, queries, F)
     # A block of keys cut by the sequence's bounds is masked throughout, one outside them seen by none.
-    cut = (start_n < keys.start) | (start_n + F.block_n > keys.end)
+    cut = (first_n < keys.start) | (last_n >= keys.end) | F.gathered
     full_hi = tl.where(cut, full_lo, full_hi)
-    hi = tl.where((start_n >= keys.end) | (start_n + F.block_n <= keys.start), lo, hi)
+    hi = tl.where((first_n >= keys.end) | (last_n < keys.start), lo, hi)
     return _phases(lo, full_lo, full_hi, hi, F.block_m)
 
 

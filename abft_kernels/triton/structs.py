@@ -50,6 +50,9 @@ class Features(NamedTuple):
     dk: bool = False
     dw: bool = False
     final: bool = False  # the row kernel writes results, not parts of them
+    deferred: int = 0  # groups whose keys come last: 0 groups in the main loop, and these in `last`
+    gathered: bool = False  # the keys of a tile are labelled ones, not consecutive
+    last: Features | None = None  # of the tiles of labelled keys
 
 
 class Heads(NamedTuple):
@@ -148,10 +151,14 @@ class Sequences(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """Groups or weights of the keys, and the blocks of keys that hold any."""
+    """Groups or weights of the keys, and the blocks of keys that hold any.
+
+    Where labelled keys come last, the index of `abft_kernels.triton.labelled`: counts in `blocks`, and the list.
+    """
 
     keys: Tensor | None
     blocks: Tensor | None
+    positions: Tensor | None = None
 
 
 class Scores(NamedTuple):
@@ -210,6 +217,7 @@ class KeyLabels(NamedTuple):
 
     keys: tl.tensor
     blocks: tl.tensor
+    positions: tl.tensor
     n_k: tl.tensor
     active: tl.tensor
 

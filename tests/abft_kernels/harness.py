@@ -112,6 +112,8 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         wanted = integers(0, 3, of_rows, rows) > 0
         wanted[:, rows // 4 : rows // 2] = False
         arguments["row_mask"] = wanted
+    if case.has("sparse"):
+        arguments["sparse_labels"] = True
     if case.has("weighted"):
         extras["weights"] = normal(of_keys, case.n_k, case.groups, as_dtype=wide)
     grads = {}

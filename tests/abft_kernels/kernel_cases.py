@@ -22,8 +22,8 @@ _PADDING = ("left", "right", "empty")
 _LAYOUTS = ("bnhd", "sliced", "strided", "expanded")
 # sinks; alibi: slopes; packed: `batch` sequences in one; drop: dropout by a seed; wanted: a mask of rows; weighted: key
 # weights in place of groups; shard: the keys are part of more, the queries stand before, in and after them; alone:
-# mass of all rows without values.
-FEATURES = ("sinks", "alibi", "packed", "drop", "wanted", "weighted", "shard", "alone")
+# mass of all rows without values; sparse: labelled keys are met last, of every third key as ever.
+FEATURES = ("sinks", "alibi", "packed", "drop", "wanted", "weighted", "shard", "alone", "sparse")
 
 
 @dataclass(frozen=True)
@@ -186,4 +186,6 @@ def allowed(case: Case) -> Case:
     if case.rows or case.has("alone"):
         changes |= {"value_dim": None, "grads": "ml"}
         changes["features"] = changes.get("features", case.features) - {"drop", "wanted"}
+    if case.has("weighted"):
+        changes["features"] = changes.get("features", case.features) - {"sparse"}
     return Case(**{**vars(case), **changes})

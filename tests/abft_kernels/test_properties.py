@@ -11,7 +11,7 @@ from kernel_cases import Case, allowed, drawn
 _SHARED = ("sinks", "alibi", "weighted")
 
 
-_FUSED = (*_SHARED, "packed", "drop", "wanted", "shard", "alone")
+_FUSED = (*_SHARED, "packed", "drop", "wanted", "shard", "alone", "sparse")
 _ROWS = (*_SHARED, "packed", "shard")
 
 
