@@ -99,6 +99,7 @@ def row_mass(
     *,
     row_positions: Tensor | None = None,
     return_lse: Literal[False] = False,
+    deterministic: bool = True,
     backend: Backend = "auto",
     **masking: Unpack[Keywords],
 ) -> Tensor: ...
@@ -111,6 +112,7 @@ def row_mass(
     *,
     row_positions: Tensor | None = None,
     return_lse: Literal[True],
+    deterministic: bool = True,
     backend: Backend = "auto",
     **masking: Unpack[Keywords],
 ) -> tuple[Tensor, Tensor]: ...
@@ -134,6 +136,7 @@ def row_mass(
     key_offset: int | None = None,
     query_offset: int | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Compute the attention mass of query rows on groups of keys: no values, no output.
@@ -149,6 +152,7 @@ def row_mass(
             `causal`, a row sees keys up to and including its position. A negative position marks an absent row:
             mass 0, LSE −inf, no gradient. None: `q_rows` are consecutive, the last one aligned with the last key.
         query_offset: position of the first row where `row_positions` is None.
+        deterministic: as there, for all rows; the gradients of a few rows are always repeatable.
         backend: `"auto"` is Triton on a GPU, else PyTorch.
 
     Returns:
@@ -164,7 +168,9 @@ def row_mass(
     few = row_positions is not None
     q_rows, masking = _with_positive_scale(q_rows, masking)
     heads = {"q_rows": q_rows, "k": k}
-    call, sequences = make_call(heads, (key_groups, num_groups), masking, None if few else Output())
+    call, sequences = make_call(
+        heads, (key_groups, num_groups), masking, None if few else Output(deterministic=deterministic)
+    )
     if row_positions is not None:
         last = None if masking.sharded else k.shape[2] - 1
         row_positions = check_rows(row_positions, sequences, q_rows.shape[2], 0, last)
@@ -236,6 +242,7 @@ def mass_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
     return_lse: Literal[False] = False,
+    deterministic: bool = True,
     backend: Backend = "auto",
     **masking: Unpack[Keywords],
 ) -> tuple[Tensor, Tensor]: ...
@@ -252,6 +259,7 @@ def mass_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
     return_lse: Literal[True],
+    deterministic: bool = True,
     backend: Backend = "auto",
     **masking: Unpack[Keywords],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -279,6 +287,7 @@ def mass_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     r"""Compute the attention output, and the attention mass of every query row on groups of keys.
@@ -324,6 +333,9 @@ def mass_attention(
         dropout_seed: makes dropout reproducible: the same on every backend and for every tile size, and slower in
             PyTorch's backend. None draws from PyTorch's generator.
         return_lse: also return the natural-log LSE of the scores (sinks included), differentiable too.
+        deterministic: True: the same input gives the same bits, in the backward pass too. False lets the fused kernel
+            add up dq in float32 in any order, by atomics, for one kernel less. No effect in other backends, with
+            `row_positions`, and under `torch.use_deterministic_algorithms(True)`.
         backend: `"triton"` (fused kernel), `"torch"`, `"reference"`, or `"auto"`: Triton on a GPU, else PyTorch;
             with `row_positions`, PyTorch's attention and on a GPU the Triton row kernel.
 
@@ -340,7 +352,7 @@ def mass_attention(
         *(seq_lens, seq_starts, cu_seqlens, key_offset, query_offset),
     )
     q, masking = _with_positive_scale(q, masking)
-    output = Output(row_mask, dropout_p, dropout_seed)
+    output = Output(row_mask, dropout_p, dropout_seed, deterministic)
     call, sequences = make_call({"q": q, "k": k, "v": v}, (key_groups, num_groups), masking, output)
     first = call.row_offset + call.key_offset
     if row_positions is not None:

@@ -25,6 +25,7 @@ class Output(NamedTuple):
     row_mask: Tensor | None = None
     dropout_p: float = 0.0
     dropout_seed: int | None = None
+    deterministic: bool = True
 
 
 def make_call(
@@ -69,6 +70,7 @@ def make_call(
         row_offset=n_k - q.shape[2] if masking.query_offset is None else masking.query_offset - key_offset,
         key_offset=key_offset,
         packed=packed,
+        deterministic=output_of.deterministic,
         seed=seed if output_of.dropout_p and seed is not None else 0,
         dropout_p=output_of.dropout_p,
         **fields,  # type: ignore[arg-type]

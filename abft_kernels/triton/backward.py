@@ -24,6 +24,7 @@ from abft_kernels.call import Call
 from abft_kernels.merging import sink_gradient
 from abft_kernels.triton.common import (
     UNSPECIALIZED,
+    add_tile,
     load_tile,
     locate,
     locate_packed,
@@ -32,6 +33,7 @@ from abft_kernels.triton.common import (
     rounded,
     store_tile,
 )
+from abft_kernels.triton.descriptors import forms_of, tiles_of, with_scratch
 from abft_kernels.triton.labels import add_column, any_label, group_weight, key_labels, load_groups, sample_labels
 from abft_kernels.triton.launch import SMALL, launch_config, preprocess_block
 from abft_kernels.triton.masks import block_start, key_phases, keys_and_queries, phase_range, row_phases, seen_keys
@@ -88,6 +90,7 @@ class HeadRows(NamedTuple):
     base: tl.tensor
     sample: tl.tensor
     n_q: tl.tensor
+    dq: Rows  # with `atomic_dq`
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -197,13 +200,17 @@ def _key_block(
                 slope += w[:, None] * dmass[None, :]
                 if F.dw:
                     dw = add_column(dw, g, tl.sum(p * dmass[None, :], 1), F.groups_pad)
-    dk = matmul(rounded(_score_gradient(p, slope, capped, F), q.dtype), q, dk)
+    ds = rounded(_score_gradient(p, slope, capped, F), q.dtype)
+    dk = matmul(ds, q, dk)
+    if F.atomic_dq:
+        dq = matmul(tl.trans(ds), tile.k, None)
+        add_tile(head.dq, start_m, offs_m, tl.arange(0, BLOCK_D), queries.first, queries.limit, dq, F.head_dim)
     return dk, dv, dw
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _mass_attn_bwd_kv_kernel(
-    q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, seed_low, seed_high, sequences, counts,
+    q, k, v, do, labels, statistics, dq, dk, dv, dw, scale, scores, dropout, seed_low, seed_high, sequences, counts,
     n_q, n_k, offset, num_tiles, num_sequences, F: tl.constexpr,
 ):  # fmt: skip
     BLOCK_N: tl.constexpr = F.block_n
@@ -243,19 +250,30 @@ def _mass_attn_bwd_kv_kernel(
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
     dw_tile = tl.zeros([BLOCK_N, GROUPS_PAD], dtype=tl.float32)
+    q_tiles = tiles_of(q, at.b, counts.heads, queries.first, queries.limit, F.block_m, F.head_dim, F.descriptors)
+    do_tiles = q_tiles
+    if F.v:
+        do_tiles = tiles_of(
+            do, at.b, counts.heads, queries.first, queries.limit, F.block_m, F.head_dim_v, F.descriptors
+        )
     for member in range(shape.group_size):
         off_h = at.h * shape.group_size + member
         off_bh = at.b * shape.heads + off_h
-        q_rows = one_head(q, at.b, off_h)
+        q_rows = one_head(q, at.b, off_h, q_tiles)
         do_rows = q_rows
         if F.v:
-            do_rows = one_head(do, at.b, off_h)
-        head = HeadRows(off_bh * shape.n_q, at.b * shape.n_q, shape.n_q)
+            do_rows = one_head(do, at.b, off_h, do_tiles)
+        dq_rows = q_rows
+        if F.atomic_dq:
+            dq_rows = Rows(dq + off_bh * shape.n_q * F.head_dim, F.head_dim, 1)
+        head = HeadRows(off_bh * shape.n_q, at.b * shape.n_q, shape.n_q, dq_rows)
         of_scores = head_scores(scores, off_bh, F)
         of_dropout = head_dropout(dropout, seed_low, seed_high, off_bh, F)
         for MASKED in tl.static_range(1, -1, -1):
             begin, end = phase_range(phases, MASKED)
-            for block in tl.range(begin, end, 1 if MASKED else F.block_m, num_stages=1 if MASKED else None):
+            for block in tl.range(
+                begin, end, 1 if MASKED else F.block_m, num_stages=F.masked_stages if MASKED else None
+            ):
                 start_m = block_start(block, phases, F.block_m, MASKED)
                 dk_tile, dv_tile, dw_tile = _key_block(
                     dk_tile,
@@ -342,15 +360,18 @@ def _mass_attn_bwd_q_kernel(
     rows = (offs_m + shape.offset)[:, None]
     off_hk = at.h // shape.group_size
     q_rows = one_head(q, at.b, at.h)
-    k_rows = one_head(k, at.b, off_hk)
+    kv_heads = counts.heads // counts.group_size
+    k_tiles = tiles_of(k, at.b, kv_heads, keys.start, keys.end, F.block_n, F.head_dim, F.descriptors)
+    k_rows = one_head(k, at.b, off_hk, k_tiles)
     v_rows = k_rows
     q_tile = load_tile(q_rows, at.start, offs_m, offs_d, queries.first, queries.limit, F.head_dim, True)
     do_tile = q_tile
     if F.v:
-        v_rows = one_head(v, at.b, off_hk)
+        v_tiles = tiles_of(v, at.b, kv_heads, keys.start, keys.end, F.block_n, F.head_dim_v, F.descriptors)
+        v_rows = one_head(v, at.b, off_hk, v_tiles)
         do_rows, offs_dv = one_head(do, at.b, at.h), tl.arange(0, BLOCK_DV)
         do_tile = load_tile(do_rows, at.start, offs_m, offs_dv, queries.first, queries.limit, F.head_dim_v, True)
-    head = HeadRows(at.bh * shape.n_q, at.b * shape.n_q, shape.n_q)
+    head = HeadRows(at.bh * shape.n_q, at.b * shape.n_q, shape.n_q, q_rows)
     lse2, delta = _load_statistics(statistics, head, offs_m, True)
     if F.packed:
         lse2 = tl.where(offs_m < queries.limit, lse2, float("inf"))
@@ -364,7 +385,7 @@ def _mass_attn_bwd_q_kernel(
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for MASKED in tl.static_range(2):
         begin, end = phase_range(phases, MASKED)
-        for block in tl.range(begin, end, 1 if MASKED else F.block_n, num_stages=1 if MASKED else None):
+        for block in tl.range(begin, end, 1 if MASKED else F.block_n, num_stages=F.masked_stages if MASKED else None):
             start_n = block_start(block, phases, F.block_n, MASKED)
             dq_tile = _row_block(
                 dq_tile, tile, labels, statistics, head, k_rows, v_rows, start_n, rows, keys, scores, dropout, F, MASKED
@@ -425,7 +446,7 @@ def backward(
     delta = torch.empty((batch, heads, n_q), dtype=torch.float32, device=q.device)
     statistics = Statistics(torch.empty_like(delta), delta, dmass, call.row_mask)
     inputs = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(do))
-    scores, dropout, width = Scores.of(call), Dropout.of(call), head_tile(q, v)
+    scores, dropout = Scores.of(call), Dropout.of(call)
     of_call = (
         call.scale,
         scores,
@@ -435,8 +456,10 @@ def backward(
         HeadCounts(heads, heads // kv_heads),
     )
     shape = Sizes.of(call, n_q, n_k)
-    launch = launch_config("backward_kv", width, q.element_size(), groups, q.device)
-    of_keys = features(q, v, call, launch, groups, dw=want_dw)
+    of_table = (head_tile(q, v), q.element_size(), groups, q.device, forms_of(q, k, v, do))
+    atomic = not call.deterministic and not torch.are_deterministic_algorithms_enabled()
+    launch = launch_config("backward_kv", *of_table)
+    of_keys = features(q, v, call, launch, groups, dw=want_dw, atomic_dq=atomic)
 
     block = preprocess_block(of_keys.block_dv)
     num_tiles = triton.cdiv(n_q, block)
@@ -449,14 +472,17 @@ def backward(
         dsinks = sink_gradient(call.sinks, lse, delta)
 
     sizes = shape.tiled(call, n_k, launch.block_n)
-    _mass_attn_bwd_kv_kernel[(sizes.num_tiles * batch * kv_heads,)](
-        *inputs, key_labels(call, groups), statistics, dk, dv, dw, *of_call, *sizes, of_keys, **launch.options
-    )
+    # Without its scale, which meets every element once, afterwards.
+    sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if atomic else None
+    run = with_scratch(_mass_attn_bwd_kv_kernel[(sizes.num_tiles * batch * kv_heads,)], launch, q.device)
+    run(*inputs, key_labels(call, groups), statistics, sums, dk, dv, dw, *of_call, *sizes, of_keys, **launch.options)
+    if sums is not None:
+        torch.mul(sums, call.scale, out=dq)
+        return Gradients(dq, dk, dv, dw.sum(1) if want_dw else dw, dsinks)
 
-    launch = launch_config("backward_q", width, q.element_size(), groups, q.device)
+    launch = launch_config("backward_q", *of_table)
     sizes = shape.tiled(call, n_q, launch.block_m)
     labels, of = key_labels(call, groups, launch.block_n), features(q, v, call, launch, groups)
-    _mass_attn_bwd_q_kernel[(sizes.num_tiles * batch * heads,)](
-        *inputs, labels, statistics, dq, *of_call, *sizes, of, **launch.options
-    )
+    run = with_scratch(_mass_attn_bwd_q_kernel[(sizes.num_tiles * batch * heads,)], launch, q.device)
+    run(*inputs, labels, statistics, dq, *of_call, *sizes, of, **launch.options)
     return Gradients(dq, dk, dv, dw.sum(1) if want_dw else dw, dsinks)
