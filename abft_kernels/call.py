@@ -35,6 +35,7 @@ class Call(NamedTuple):
     key_offset: int = 0  # what to subtract from the positions of chosen rows: they count all keys, this call a shard
     packed: bool = False  # the sequences are concatenated along the sequence dimension (batch size 1)
     sparse_labels: bool = False  # few keys have a group: the fused kernels meet those last, in tiles of their own
+    deterministic: bool = True  # the same input gives the same bits; False lets a backward pass add in any order
     seed: int = 0  # of dropout
     scale: float = 1.0
     softcap: float = 0.0  # 0: none

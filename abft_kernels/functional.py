@@ -100,6 +100,7 @@ def row_mass(
     row_positions: Tensor | None = None,
     sparse_labels: bool = False,
     return_lse: Literal[False] = False,
+    deterministic: bool = True,
     backend: Backend = "auto",
     **masking: Unpack[Keywords],
 ) -> Tensor: ...
@@ -113,6 +114,7 @@ def row_mass(
     row_positions: Tensor | None = None,
     sparse_labels: bool = False,
     return_lse: Literal[True],
+    deterministic: bool = True,
     backend: Backend = "auto",
     **masking: Unpack[Keywords],
 ) -> tuple[Tensor, Tensor]: ...
@@ -137,6 +139,7 @@ def row_mass(
     query_offset: int | None = None,
     sparse_labels: bool = False,
     return_lse: bool = False,
+    deterministic: bool = True,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Compute the attention mass of query rows on groups of keys: no values, no output.
@@ -153,6 +156,7 @@ def row_mass(
             mass 0, LSE −inf, no gradient. None: `q_rows` are consecutive, the last one aligned with the last key.
         query_offset: position of the first row where `row_positions` is None.
         sparse_labels: few keys have a group id; without effect on rows with `row_positions`.
+        deterministic: as there, for all rows; the gradients of a few rows are always repeatable.
         backend: `"auto"` is Triton on a GPU, else PyTorch.
 
     Returns:
@@ -166,7 +170,7 @@ def row_mass(
         *(seq_lens, seq_starts, cu_seqlens, key_offset, query_offset),
     )
     few = row_positions is not None
-    output = None if few else Output(sparse_labels=sparse_labels)
+    output = None if few else Output(sparse_labels=sparse_labels, deterministic=deterministic)
     q_rows, masking = _with_positive_scale(q_rows, masking)
     heads = {"q_rows": q_rows, "k": k}
     call, sequences = make_call(heads, (key_groups, num_groups), masking, output)
@@ -244,6 +248,7 @@ def mass_attention(
     dropout_seed: int | None = None,
     sparse_labels: bool = False,
     return_lse: Literal[False] = False,
+    deterministic: bool = True,
     backend: Backend = "auto",
     **masking: Unpack[Keywords],
 ) -> tuple[Tensor, Tensor]: ...
@@ -261,6 +266,7 @@ def mass_attention(
     dropout_seed: int | None = None,
     sparse_labels: bool = False,
     return_lse: Literal[True],
+    deterministic: bool = True,
     backend: Backend = "auto",
     **masking: Unpack[Keywords],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -289,6 +295,7 @@ def mass_attention(
     dropout_seed: int | None = None,
     sparse_labels: bool = False,
     return_lse: bool = False,
+    deterministic: bool = True,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     r"""Compute the attention output, and the attention mass of every query row on groups of keys.
@@ -337,6 +344,9 @@ def mass_attention(
             and many labels cost time, never correctness. Needs integer `key_groups`. Only the fused Triton kernels
             differ: they meet the labelled keys last, in tiles of their own.
         return_lse: also return the natural-log LSE of the scores (sinks included), differentiable too.
+        deterministic: True: the same input gives the same bits, in the backward pass too. False lets the fused kernel
+            add up dq in float32 in any order, by atomics, for one kernel less. No effect in other backends, with
+            `row_positions`, and under `torch.use_deterministic_algorithms(True)`.
         backend: `"triton"` (fused kernel), `"torch"`, `"reference"`, or `"auto"`: Triton on a GPU, else PyTorch;
             with `row_positions`, PyTorch's attention and on a GPU the Triton row kernel.
 
@@ -353,7 +363,7 @@ def mass_attention(
         *(seq_lens, seq_starts, cu_seqlens, key_offset, query_offset),
     )
     q, masking = _with_positive_scale(q, masking)
-    output = Output(row_mask, dropout_p, dropout_seed, sparse_labels)
+    output = Output(row_mask, dropout_p, dropout_seed, sparse_labels, deterministic)
     call, sequences = make_call({"q": q, "k": k, "v": v}, (key_groups, num_groups), masking, output)
     first = call.row_offset + call.key_offset
     if row_positions is not None:

@@ -26,6 +26,7 @@ class Output(NamedTuple):
     dropout_p: float = 0.0
     dropout_seed: int | None = None
     sparse_labels: bool = False
+    deterministic: bool = True
 
 
 def make_call(
@@ -75,6 +76,7 @@ def make_call(
         key_offset=key_offset,
         packed=packed,
         sparse_labels=bool(output_of.sparse_labels),
+        deterministic=output_of.deterministic,
         seed=seed if output_of.dropout_p and seed is not None else 0,
         dropout_p=output_of.dropout_p,
         **fields,  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from abft_kernels.call import Call
 from abft_kernels.merging import sink_gradient
 from abft_kernels.triton.common import (
     UNSPECIALIZED,
+    add_tile,
     load_tile,
     locate,
     locate_packed,
@@ -32,6 +33,7 @@ from abft_kernels.triton.common import (
     rounded,
     store_tile,
 )
+from abft_kernels.triton.descriptors import forms_of, tiles_of, with_scratch
 from abft_kernels.triton.labelled import (
     STRETCH,
     defer,
@@ -41,6 +43,7 @@ from abft_kernels.triton.labelled import (
     label_programs,
     label_range,
     label_tiles,
+    scattered,
     stored_keys,
 )
 from abft_kernels.triton.labels import (
@@ -54,8 +57,15 @@ from abft_kernels.triton.labels import (
 )
 from abft_kernels.triton.launch import SMALL, launch_config, preprocess_block
 from abft_kernels.triton.masks import block_start, key_phases, keys_and_queries, phase_range, row_phases, seen_keys
-from abft_kernels.triton.preprocess import Statistics, mass_attn_bwd_preprocess_kernel
-from abft_kernels.triton.softmax import dropout_keep, head_dropout, head_scores, probabilities
+from abft_kernels.triton.softmax import dropout_keep, head_dropout, head_scores, probabilities, seeded_dropout
+from abft_kernels.triton.statistics import (
+    HeadRows,
+    Statistics,
+    load_dmass,
+    load_statistics,
+    mass_attn_bwd_preprocess_kernel,
+    wanted_rows,
+)
 from abft_kernels.triton.structs import (
     Dropout,
     Features,
@@ -94,44 +104,6 @@ class RowTile(NamedTuple):
     offs: tl.tensor
 
 
-class HeadRows(NamedTuple):
-    """Where the statistics of a head's rows begin, and where its sample's do in `row_mask`."""
-
-    base: tl.tensor
-    sample: tl.tensor
-    n_q: tl.tensor
-
-
-@triton.jit
-def _load_statistics(statistics, head, offs_m, CHECKED: tl.constexpr):
-    """Load LSE in base 2 and δ of a tile of rows."""
-    if CHECKED:
-        lse2 = tl.load(statistics.lse2 + head.base + offs_m, mask=offs_m < head.n_q, other=float("inf"))
-        delta = tl.load(statistics.delta + head.base + offs_m, mask=offs_m < head.n_q, other=0.0)
-    else:
-        lse2 = tl.load(statistics.lse2 + head.base + offs_m)
-        delta = tl.load(statistics.delta + head.base + offs_m)
-    return lse2, delta
-
-
-@triton.jit
-def _load_dmass(statistics, head, g, offs_m, wanted, F: tl.constexpr):
-    """Load dmass_g of a tile of rows; that of absent and unwanted rows is 0, whatever came in."""
-    return tl.load(statistics.dmass + (head.base + offs_m) * F.groups + g, mask=wanted, other=0.0)
-
-
-@triton.jit
-def _wanted_rows(statistics, head, offs_m, lse2, F: tl.constexpr):
-    """Return the rows whose dmass counts, and 0 if there are none (without a mask of rows always 1)."""
-    wanted = (offs_m < head.n_q) & (lse2 != float("inf"))
-    some = 1
-    if F.row_mask:
-        pointers = statistics.row_mask + head.sample + offs_m
-        wanted = wanted & (tl.load(pointers, mask=offs_m < head.n_q, other=0) != 0)
-        some = tl.max(wanted.to(tl.int32), 0)
-    return wanted, some
-
-
 @triton.jit
 def _score_gradient(p, slope, capped, F: tl.constexpr):
     """Return dS in float32."""
@@ -154,7 +126,7 @@ def _key_block(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     # Rows that see the whole block are all the sequence's own.
     q = load_tile(q_rows, start_m, offs_m, tl.arange(0, BLOCK_D), queries.first, queries.limit, F.head_dim, MASKED)
-    lse2, delta = _load_statistics(statistics, head, offs_m, MASKED)
+    lse2, delta = load_statistics(statistics, head, offs_m, MASKED)
     rows, cols = (offs_m + queries.offset)[None, :], tile.offs[:, None]
     p, capped = probabilities(scores, tile.k, q, rows, cols, lse2[None, :], F)
     if MASKED:
@@ -174,22 +146,27 @@ def _key_block(
         dv = matmul(rounded(kept, do.dtype), do, dv)
         slope += dp
     if F.groups > 0:
-        wanted, some = _wanted_rows(statistics, head, offs_m, lse2, F)
+        wanted, some = wanted_rows(statistics, head, offs_m, lse2, F)
         if tile.labelled * some != 0:
             for g in tl.static_range(GROUPS):
-                dmass = _load_dmass(statistics, head, g, offs_m, wanted, F)
+                dmass = load_dmass(statistics, head, g, offs_m, wanted, F)
                 w = group_weight(g, tile.group, labels, tile.offs, keys, F)
                 slope += w[:, None] * dmass[None, :]
                 if F.dw:
                     dw = add_column(dw, g, tl.sum(p * dmass[None, :], 1), F.groups_pad)
-    dk = matmul(rounded(_score_gradient(p, slope, capped, F), q.dtype), q, dk)
+    ds = rounded(_score_gradient(p, slope, capped, F), q.dtype)
+    dk = matmul(ds, q, dk)
+    if F.atomic_dq:
+        if F.deferred > 0:  # the dS of labelled keys is another program's
+            ds = tl.where(is_labelled(load_groups(labels, tile.offs, F), F.deferred)[:, None], 0.0, ds)
+        dq = matmul(tl.trans(ds), tile.k, None)
+        add_tile(head.dq, start_m, offs_m, tl.arange(0, BLOCK_D), queries.first, queries.limit, dq, F.head_dim)
     return dk, dv, dw
 
 
 @triton.jit
 def _key_tile(
-    at, q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, seed_low, seed_high, sequences, shape,
-    F: tl.constexpr,
+    at, q, k, v, do, labels, statistics, dq, dk, dv, dw, scale, scores, dropout, sequences, shape, F: tl.constexpr,
 ):  # fmt: skip
     """Compute and store dk, dv and dw of a tile of keys."""
     BLOCK_N: tl.constexpr = F.block_n
@@ -218,26 +195,33 @@ def _key_tile(
             labelled = tl.max((found > 0).to(tl.int32), 0)
     tile = KeyTile(k_tile, v_tile, group, labelled, offs_n.to(tl.int32))
     # Labelled keys have masked blocks alone, and many.
-    MASKED_STAGES: tl.constexpr = None if F.gathered else 1
+    STAGES: tl.constexpr = None if F.gathered else F.masked_stages
     first_n, last_n = key_bounds(at.start, offs_n, keys, F)
     phases = row_phases(first_n, last_n, keys, queries, F)
 
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
     dw_tile = tl.zeros([BLOCK_N, GROUPS_PAD], dtype=tl.float32)
+    q_tiles = tiles_of(q, at.b, shape.heads, queries.first, queries.limit, F.block_m, F.head_dim, F.descriptors)
+    do_tiles = q_tiles
+    if F.v:
+        do_tiles = tiles_of(do, at.b, shape.heads, queries.first, queries.limit, F.block_m, F.head_dim_v, F.descriptors)
     for member in range(shape.group_size):
         off_h = at.h * shape.group_size + member
         off_bh = at.b * shape.heads + off_h
-        q_rows = one_head(q, at.b, off_h)
+        q_rows = one_head(q, at.b, off_h, q_tiles)
         do_rows = q_rows
         if F.v:
-            do_rows = one_head(do, at.b, off_h)
-        head = HeadRows(off_bh * shape.n_q, at.b * shape.n_q, shape.n_q)
+            do_rows = one_head(do, at.b, off_h, do_tiles)
+        dq_rows = q_rows
+        if F.atomic_dq:
+            dq_rows = Rows(dq + off_bh * shape.n_q * F.head_dim, F.head_dim, 1)
+        head = HeadRows(off_bh * shape.n_q, at.b * shape.n_q, shape.n_q, dq_rows)
         of_scores = head_scores(scores, off_bh, F)
-        of_dropout = head_dropout(dropout, seed_low, seed_high, off_bh, F)
+        of_dropout = head_dropout(dropout, off_bh)
         for MASKED in tl.static_range(1, 0 if F.gathered else -1, -1):
             begin, end = phase_range(phases, MASKED)
-            for block in tl.range(begin, end, 1 if MASKED else F.block_m, num_stages=MASKED_STAGES if MASKED else None):
+            for block in tl.range(begin, end, 1 if MASKED else F.block_m, num_stages=STAGES if MASKED else None):
                 start_m = block_start(block, phases, F.block_m, MASKED)
                 dk_tile, dv_tile, dw_tile = _key_block(
                     dk_tile,
@@ -275,12 +259,13 @@ def _key_tile(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _mass_attn_bwd_kv_kernel(
-    q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, seed_low, seed_high, sequences, counts,
+    q, k, v, do, labels, statistics, dq, dk, dv, dw, scale, scores, dropout, seed_low, seed_high, sequences, counts,
     n_q, n_k, offset, num_tiles, num_sequences, F: tl.constexpr,
 ):  # fmt: skip
     BLOCK_N: tl.constexpr = F.block_n
     kv_heads = counts.heads // counts.group_size
     shape = Shape(counts.heads, counts.group_size, n_q, n_k, offset)
+    dropout = seeded_dropout(dropout, seed_low, seed_high, F)
     skipped = 0
     if F.deferred > 0:  # first the programs that own labelled keys, of all heads: theirs are the longest loops
         L: tl.constexpr = F.last
@@ -296,19 +281,15 @@ def _mass_attn_bwd_kv_kernel(
             for entry in range(first, end, step):
                 at = Place(at.b, at.h, at.bh, at.sequence, entry)
                 _key_tile(
-                    at, q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, seed_low, seed_high,
-                    sequences, shape, L,
-                )  # fmt: skip
+                    at, q, k, v, do, labels, statistics, dq, dk, dv, dw, scale, scores, dropout, sequences, shape, L
+                )
             return
     # Causal: the first keys have the most rows, and their tiles come first.
     if F.packed:
         at = locate_packed(sequences, num_sequences, kv_heads, num_tiles, n_k, BLOCK_N, skipped)
     else:
         at = locate(kv_heads, num_tiles, BLOCK_N, False, skipped)
-    _key_tile(
-        at, q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, seed_low, seed_high, sequences, shape,
-        F,
-    )  # fmt: skip
+    _key_tile(at, q, k, v, do, labels, statistics, dq, dk, dv, dw, scale, scores, dropout, sequences, shape, F)
 
 
 @triton.jit
@@ -337,7 +318,7 @@ def _row_block(
         if any_label(labels, start_n, F):
             group = load_groups(labels, offs_n, F)
             for g in tl.static_range(GROUPS):
-                dmass = _load_dmass(statistics, head, g, tile.offs, tile.wanted, F)
+                dmass = load_dmass(statistics, head, g, tile.offs, tile.wanted, F)
                 w = group_weight(g, group, labels, offs_n, keys, F)
                 slope += dmass[:, None] * w[None, :]
     ds = _score_gradient(p, slope, capped, F)
@@ -366,29 +347,32 @@ def _mass_attn_bwd_q_kernel(
     rows = (offs_m + shape.offset)[:, None]
     off_hk = at.h // shape.group_size
     q_rows = one_head(q, at.b, at.h)
-    k_rows = one_head(k, at.b, off_hk)
+    kv_heads = counts.heads // counts.group_size
+    k_tiles = tiles_of(k, at.b, kv_heads, keys.start, keys.end, F.block_n, F.head_dim, F.descriptors)
+    k_rows = one_head(k, at.b, off_hk, k_tiles)
     v_rows = k_rows
     q_tile = load_tile(q_rows, at.start, offs_m, offs_d, queries.first, queries.limit, F.head_dim, True)
     do_tile = q_tile
     if F.v:
-        v_rows = one_head(v, at.b, off_hk)
+        v_tiles = tiles_of(v, at.b, kv_heads, keys.start, keys.end, F.block_n, F.head_dim_v, F.descriptors)
+        v_rows = one_head(v, at.b, off_hk, v_tiles)
         do_rows, offs_dv = one_head(do, at.b, at.h), tl.arange(0, BLOCK_DV)
         do_tile = load_tile(do_rows, at.start, offs_m, offs_dv, queries.first, queries.limit, F.head_dim_v, True)
-    head = HeadRows(at.bh * shape.n_q, at.b * shape.n_q, shape.n_q)
-    lse2, delta = _load_statistics(statistics, head, offs_m, True)
+    head = HeadRows(at.bh * shape.n_q, at.b * shape.n_q, shape.n_q, q_rows)
+    lse2, delta = load_statistics(statistics, head, offs_m, True)
     if F.packed:
         lse2 = tl.where(offs_m < queries.limit, lse2, float("inf"))
-    wanted, some = _wanted_rows(statistics, head, offs_m, lse2, F)
+    wanted, some = wanted_rows(statistics, head, offs_m, lse2, F)
     labels = sample_labels(labels, at.b, shape.n_k, some, F)
     scores = head_scores(scores, at.bh, F)
-    dropout = head_dropout(dropout, seed_low, seed_high, at.bh, F)
+    dropout = head_dropout(seeded_dropout(dropout, seed_low, seed_high, F), at.bh)
     tile = RowTile(q_tile, do_tile, lse2, delta, wanted, offs_m)
     phases = key_phases(at.start, keys, queries, F)
 
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for MASKED in tl.static_range(2):
         begin, end = phase_range(phases, MASKED)
-        for block in tl.range(begin, end, 1 if MASKED else F.block_n, num_stages=1 if MASKED else None):
+        for block in tl.range(begin, end, 1 if MASKED else F.block_n, num_stages=F.masked_stages if MASKED else None):
             start_n = block_start(block, phases, F.block_n, MASKED)
             dq_tile = _row_block(
                 dq_tile, tile, labels, statistics, head, k_rows, v_rows, start_n, rows, keys, scores, dropout, F, MASKED
@@ -396,9 +380,10 @@ def _mass_attn_bwd_q_kernel(
     if F.deferred > 0:
         L: tl.constexpr = F.last
         begin, end = label_range(labels, phases, F)
+        k_last, v_last = scattered(k_rows), scattered(v_rows)
         for entry in tl.range(begin, end, L.block_n, num_stages=1):
             dq_tile = _row_block(
-                dq_tile, tile, labels, statistics, head, k_rows, v_rows, entry, rows, keys, scores, dropout, L, True
+                dq_tile, tile, labels, statistics, head, k_last, v_last, entry, rows, keys, scores, dropout, L, True
             )
     limit_out = shape.n_q
     if F.packed:
@@ -456,7 +441,7 @@ def backward(
     delta = torch.empty((batch, heads, n_q), dtype=torch.float32, device=q.device)
     statistics = Statistics(torch.empty_like(delta), delta, dmass, call.row_mask)
     inputs = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(do))
-    scores, dropout, width = Scores.of(call), Dropout.of(call), head_tile(q, v)
+    scores, dropout = Scores.of(call), Dropout.of(call)
     of_call = (
         call.scale,
         scores,
@@ -466,9 +451,10 @@ def backward(
         HeadCounts(heads, heads // kv_heads),
     )
     shape = Sizes.of(call, n_q, n_k)
-    loop_groups = call.loop_groups(groups)
-    launch = launch_config("backward_kv", width, q.element_size(), loop_groups, q.device)
-    of_keys = defer(features(q, v, call, launch, groups, dw=want_dw), call)
+    of_table = (head_tile(q, v), q.element_size(), call.loop_groups(groups), q.device, forms_of(q, k, v, do))
+    atomic = not call.deterministic and not torch.are_deterministic_algorithms_enabled()
+    launch = launch_config("backward_kv", *of_table)
+    of_keys = defer(features(q, v, call, launch, groups, dw=want_dw, atomic_dq=atomic), call)
 
     block = preprocess_block(of_keys.block_dv)
     num_tiles = triton.cdiv(n_q, block)
@@ -484,15 +470,18 @@ def backward(
     labels, tiles = key_labels(call, groups), sizes.num_tiles
     if of_keys.deferred:
         labels, tiles = index_labels(labels.keys, groups), tiles + shape.tiled(call, n_k, STRETCH.value).num_tiles
-    _mass_attn_bwd_kv_kernel[(tiles * batch * kv_heads,)](
-        *inputs, labels, statistics, dk, dv, dw, *of_call, *sizes, of_keys, **launch.options
-    )
+    # Without its scale, which meets every element once, afterwards.
+    sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if atomic else None
+    run = with_scratch(_mass_attn_bwd_kv_kernel[(tiles * batch * kv_heads,)], launch, q.device)
+    run(*inputs, labels, statistics, sums, dk, dv, dw, *of_call, *sizes, of_keys, **launch.options)
+    if sums is not None:
+        torch.mul(sums, call.scale, out=dq)
+        return Gradients(dq, dk, dv, dw.sum(1) if want_dw else dw, dsinks)
 
-    launch = launch_config("backward_q", width, q.element_size(), loop_groups, q.device)
+    launch = launch_config("backward_q", *of_table)
     sizes, of = shape.tiled(call, n_q, launch.block_m), defer(features(q, v, call, launch, groups), call)
     if not of.deferred:
         labels = key_labels(call, groups, launch.block_n)
-    _mass_attn_bwd_q_kernel[(sizes.num_tiles * batch * heads,)](
-        *inputs, labels, statistics, dq, *of_call, *sizes, of, **launch.options
-    )
+    run = with_scratch(_mass_attn_bwd_q_kernel[(sizes.num_tiles * batch * heads,)], launch, q.device)
+    run(*inputs, labels, statistics, dq, *of_call, *sizes, of, **launch.options)
     return Gradients(dq, dk, dv, dw.sum(1) if want_dw else dw, dsinks)

@@ -79,9 +79,9 @@ def locate_packed(sequences, num_sequences, heads, num_tiles, total, BLOCK: tl.c
 
 
 @triton.jit
-def one_head(x, b, h):
-    """Return the rows of one head of a `(B, H, N, D)` tensor."""
-    return Rows(x.ptr + b * x.b + h * x.h, x.n, x.d)
+def one_head(x, b, h, tiles=None):
+    """Return the rows of one head of a `(B, H, N, D)` tensor; `tiles` is a descriptor of the sample's heads."""
+    return Rows(x.ptr + b * x.b + h * x.h, x.n, x.d, tiles, h)
 
 
 @triton.jit
@@ -96,10 +96,13 @@ def load_tile(x, start, offs, offs_d, first, limit, HEAD_DIM: tl.constexpr, CHEC
     """Load a tile of the rows from `start` on; rows outside `first … limit − 1` and columns from HEAD_DIM on are 0.
 
     The caller vouches for the rows if not CHECKED. Padding is never read: what stands there, NaN too, has no effect.
+    A descriptor begins with row `first` and ends before row `limit`.
     """
     pointers = _pointers(x, start, offs, offs_d)
     columns = offs_d[None, :] < HEAD_DIM
-    if CHECKED:
+    if x.tiles is not None:
+        tile = x.tiles.load([tl.cast(x.h, tl.int32), start - first, 0]).reshape(offs.shape[0], offs_d.shape[0])
+    elif CHECKED:
         rows = (offs >= first) & (offs < limit)
         tile = tl.load(pointers, mask=rows[:, None] & columns, other=0.0)
     elif offs_d.shape[0] > HEAD_DIM:
@@ -114,6 +117,13 @@ def store_tile(x, start, offs, offs_d, limit, tile, HEAD_DIM: tl.constexpr):
     """Store the rows before `limit` of a float32 tile, rounded."""
     mask = (offs[:, None] < limit) & (offs_d[None, :] < HEAD_DIM)
     tl.store(_pointers(x, start, offs, offs_d), rounded(tile, x.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_tile(x, start, offs, offs_d, first, limit, tile, HEAD_DIM: tl.constexpr):
+    """Add the rows `first … limit − 1` of a float32 tile to what is there, in no fixed order."""
+    mask = ((offs >= first) & (offs < limit))[:, None] & (offs_d[None, :] < HEAD_DIM)
+    tl.atomic_add(_pointers(x, start, offs, offs_d), tile, mask=mask, sem="relaxed")
 
 
 @triton.jit

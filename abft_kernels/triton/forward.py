@@ -33,11 +33,21 @@ from abft_kernels.triton.common import (
     scatter,
     store_tile,
 )
+from abft_kernels.triton.descriptors import forms_of, load_described, tiles_of, with_scratch
 from abft_kernels.triton.labelled import defer, index_labels, labelled_masses
 from abft_kernels.triton.labels import add_masses, any_label, key_labels, sample_labels
 from abft_kernels.triton.launch import decodes, launch_config, serves
 from abft_kernels.triton.masks import any_key, block_start, key_phases, keys_and_queries, phase_range, seen_keys
-from abft_kernels.triton.softmax import LN2, base2_scores, dropout_keep, finish, head_dropout, head_scores, softmax_step
+from abft_kernels.triton.softmax import (
+    LN2,
+    base2_scores,
+    dropout_keep,
+    finish,
+    head_dropout,
+    head_scores,
+    seeded_dropout,
+    softmax_step,
+)
 from abft_kernels.triton.structs import (
     Dropout,
     HeadCounts,
@@ -77,7 +87,7 @@ def _forward_block(
         acc = matmul(rounded(kept, v.dtype), v, acc)
     if F.groups > 0:
         mass = mass * alpha[:, None]
-        if any_label(labels, start_n, F):
+        if F.specialized or any_label(labels, start_n, F):
             mass = add_masses(mass, p, labels, offs_n, keys, F)
     return acc, l_i, m_i, mass
 
@@ -88,6 +98,7 @@ def _mass_attn_fwd_kernel(
     n_q, n_k, offset, num_tiles, num_sequences, F: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = F.block_m
+    BLOCK_N: tl.constexpr = F.block_n
     BLOCK_D: tl.constexpr = F.block_d
     BLOCK_DV: tl.constexpr = F.block_dv
     GROUPS: tl.constexpr = F.groups + F.deferred
@@ -103,10 +114,13 @@ def _mass_attn_fwd_kernel(
     rows = (offs_m + shape.offset)[:, None]
     own = (offs_m >= queries.first) & (offs_m < queries.limit)
     off_hk = at.h // shape.group_size
-    k_rows = one_head(k, at.b, off_hk)
+    kv_heads = counts.heads // counts.group_size
+    k_tiles = tiles_of(k, at.b, kv_heads, keys.start, keys.end, BLOCK_N, F.head_dim, F.descriptors)
+    k_rows = one_head(k, at.b, off_hk, k_tiles)
     v_rows = k_rows
     if F.v:
-        v_rows = one_head(v, at.b, off_hk)
+        v_tiles = tiles_of(v, at.b, kv_heads, keys.start, keys.end, BLOCK_N, F.head_dim_v, F.descriptors)
+        v_rows = one_head(v, at.b, off_hk, v_tiles)
     wanted = own
     active = 1
     if F.row_mask:
@@ -114,18 +128,27 @@ def _mass_attn_fwd_kernel(
         active = tl.max(wanted.to(tl.int32), 0)
     labels = sample_labels(labels, at.b, shape.n_k, active, F)
     scores = head_scores(scores, at.bh, F)
-    dropout = head_dropout(dropout, seed_low, seed_high, at.bh, F)
+    dropout = head_dropout(seeded_dropout(dropout, seed_low, seed_high, F), at.bh)
     q_rows, offs_d = one_head(q, at.b, at.h), tl.arange(0, BLOCK_D)
-    tile = load_tile(q_rows, at.start, offs_m, offs_d, queries.first, queries.limit, F.head_dim, True)
+    if F.specialized:
+        tile = load_described(q_rows, at.start, queries.first, queries.limit, BLOCK_M, F.head_dim)
+    else:
+        tile = load_tile(q_rows, at.start, offs_m, offs_d, queries.first, queries.limit, F.head_dim, True)
     phases = key_phases(at.start, keys, queries, F)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     sums = tl.zeros([BLOCK_M, GROUPS_PAD], dtype=tl.float32)
-    for MASKED in tl.static_range(2):
+    for MASKED in tl.static_range(F.specialized, 2):
         begin, end = phase_range(phases, MASKED)
-        for block in tl.range(begin, end, 1 if MASKED else F.block_n, num_stages=1 if MASKED else None):
+        for block in tl.range(
+            begin,
+            end,
+            1 if MASKED else F.block_n,
+            num_stages=F.masked_stages if MASKED else None,
+            warp_specialize=F.specialized,
+        ):
             start = block_start(block, phases, F.block_n, MASKED)
             acc, l_i, m_i, sums = _forward_block(
                 acc, l_i, m_i, sums, tile, k_rows, v_rows, start, offs_m, rows, keys, labels, scores, dropout, F, MASKED
@@ -174,16 +197,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor | None, call: Call) -> tuple[Tensor,
         positions = torch.arange(n_q, device=q.device, dtype=torch.int32).expand(batch, -1)
         row_kernel.forward_into(out, mass, lse, q, k, v, positions, call._replace(key_offset=-call.row_offset))
         return out, mass, lse
-    launch = launch_config("forward", head_tile(q, v), q.element_size(), call.loop_groups(groups), q.device)
+    launch = launch_config(
+        "forward", head_tile(q, v), q.element_size(), call.loop_groups(groups), q.device, forms_of(q, k, v)
+    )
     sizes = Sizes.of(call, n_q, n_k).tiled(call, n_q, launch.block_m)
     inputs = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(out))
-    of = defer(features(q, v, call, launch, groups, sinks=call.sinks is not None), call)
+    of = defer(features(q, v, call, launch, groups, sinks=call.sinks is not None, specialized=launch.specialized), call)
     labels = key_labels(call, groups, 0 if of.deferred else launch.block_n)
     if of.deferred:
         labels = index_labels(labels.keys, groups)
     chosen = (labels, call.row_mask, call.sinks, Scores.of(call), Dropout.of(call))
     of_call = (*seed_halves(call), Sequences.of(call), HeadCounts(heads, heads // kv_heads))
-    _mass_attn_fwd_kernel[(sizes.num_tiles * batch * heads,)](
-        *inputs, mass, lse, *chosen, *of_call, *sizes, of, **launch.options
-    )
+    run = with_scratch(_mass_attn_fwd_kernel[(sizes.num_tiles * batch * heads,)], launch, q.device)
+    run(*inputs, mass, lse, *chosen, *of_call, *sizes, of, **launch.options)
     return out, mass, lse

@@ -25,7 +25,7 @@ from abft_kernels.triton.labels import TILE, add_masses, counts_of, is_labelled,
 from abft_kernels.triton.launch import SMALL
 from abft_kernels.triton.masks import seen_keys
 from abft_kernels.triton.softmax import base2_scores
-from abft_kernels.triton.structs import Features, Labels
+from abft_kernels.triton.structs import Features, Labels, Rows
 
 _INDEXED = tl.constexpr(1024)  # keys of a program of the index
 # Keys for each program that owns labelled ones: there are enough programs where one key in 32 is labelled.
@@ -98,6 +98,7 @@ def labelled_masses(m_i, q, k_rows, phases, rows, keys, labels, scores, F: tl.co
     mass = tl.zeros([BLOCK_M, GROUPS_PAD], dtype=tl.float32)
     shift = tl.where(m_i == float("-inf"), 0.0, m_i)[:, None]
     first, end = label_range(labels, phases, F)
+    k_rows = scattered(k_rows)
     for entry in tl.range(first, end, TILE, num_stages=1):
         offs_n = key_offsets(labels, entry, L)
         cols = offs_n.to(tl.int32)[None, :]
@@ -106,6 +107,12 @@ def labelled_masses(m_i, q, k_rows, phases, rows, keys, labels, scores, F: tl.co
         s = tl.where(seen_keys(rows, cols, keys, F, False), s, float("-inf"))
         mass = add_masses(mass, tl.exp2(s * factor - shift), labels, offs_n, keys, L)
     return mass
+
+
+@triton.jit
+def scattered(rows):
+    """Return the rows of a head without their descriptor, which loads neighbours alone."""
+    return Rows(rows.ptr, rows.n, rows.d)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from abft_kernels.triton.launch_table import TABLE, Entry, Launch
 __all__ = [
     "GPU",
     "SMALL",
+    "Forms",
     "Launch",
     "decodes",
     "family_of",
@@ -30,6 +31,16 @@ __all__ = [
 SMALL = Launch(0, 0, 4, 3)
 
 _OLDEST = {"sm_": "sm_80", "gfx": "gfx90a (CDNA 2) or gfx1100 (RDNA 3)"}
+
+
+class Forms(NamedTuple):
+    """The forms that a call can take: without descriptors its tiles are loaded through pointers."""
+
+    descriptors: bool
+    specialized: bool
+
+
+POINTERS = Forms(descriptors=False, specialized=False)
 
 
 class GPU(NamedTuple):
@@ -101,11 +112,22 @@ def _entries(kernel: str, element_size: int, groups: int, gpu: GPU) -> list[Entr
     return entries
 
 
-def _find(kernel: str, head_tile: int, element_size: int, groups: int, gpu: GPU) -> Launch | None:
+def _find(
+    kernel: str, head_tile: int, element_size: int, groups: int, gpu: GPU, forms: Forms = POINTERS
+) -> Launch | None:
+    """Return the first launch whose form the call can take; if there is none, the first of all, in a form that it can
+    take."""
+    found = None
     for entry in _entries(kernel, element_size, groups, gpu):
         if head_tile <= entry.head_tile:
-            return entry.launch
-    return None
+            launch = entry.launch
+            descriptors = launch.descriptors and forms.descriptors
+            specialized = launch.specialized and descriptors and forms.specialized
+            possible = launch._replace(descriptors=descriptors, specialized=specialized)
+            if possible == launch:
+                return launch
+            found = found or possible
+    return found
 
 
 def serves(kernel: str, head_tile: int, element_size: int, groups: int, device: torch.device) -> bool:
@@ -128,9 +150,11 @@ def refusal(operator: str, head_dim: int, element_size: int, groups: int, device
     return None
 
 
-def launch_config(kernel: str, head_tile: int, element_size: int, groups: int, device: torch.device) -> Launch:
+def launch_config(
+    kernel: str, head_tile: int, element_size: int, groups: int, device: torch.device, forms: Forms = POINTERS
+) -> Launch:
     """Return the launch of `kernel` for head tiles of this width, elements of so many bytes, and G groups."""
-    launch = _find(kernel, head_tile, element_size, groups, gpu_of(device))
+    launch = _find(kernel, head_tile, element_size, groups, gpu_of(device), forms)
     if launch is None:
         raise NotImplementedError(
             f"no {kernel} launch for head tiles of {head_tile} on {gpu_of(device).name}; backend='torch' has no limit"

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 
 
 class Launch(NamedTuple):
-    """Tiles of rows and keys, warps and pipeline stages."""
+    """Tiles of rows and keys, warps and pipeline stages, and the form of the kernel (`Forms`)."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    masked_stages: int = 1  # of the loop over masked blocks
+    descriptors: bool = False  # the fused kernels load tiles by tensor descriptors
+    specialized: bool = False  # the forward has producer and consumer warps
 
     @property
     def options(self) -> dict[str, Any]:

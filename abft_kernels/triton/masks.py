@@ -156,6 +156,8 @@ def key_phases(start_m, keys, queries, F: tl.constexpr):
     full_lo, hi = own_interval(start_m + F.block_m - 1 + queries.offset, keys, F)
     if F.ends:  # no row of the tile is the sequence's
         hi = tl.where((start_m >= queries.limit) | (start_m + F.block_m <= queries.first), lo, hi)
+    if F.specialized:  # one loop: all blocks are masked
+        full_hi = lo
     return _phases(lo, full_lo, full_hi, hi, F.block_n)
 
 

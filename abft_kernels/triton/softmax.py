@@ -92,12 +92,18 @@ def finish(acc, mass, m_i, l_i, present, sinks, heads, in_range, SINKS: tl.const
 
 
 @triton.jit
-def head_dropout(dropout, seed_low, seed_high, bh, F: tl.constexpr):
-    """Return the dropout of one head: its random numbers are a stream of their own."""
-    seed = bh
+def seeded_dropout(dropout, seed_low, seed_high, F: tl.constexpr):
+    """Return the dropout with its seed of 64 bits."""
+    seed = seed_low
     if F.dropout:
         seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
-    return Dropout(dropout.threshold, dropout.scale, seed, bh.to(tl.int32))
+    return Dropout(dropout.threshold, dropout.scale, seed, 0)
+
+
+@triton.jit
+def head_dropout(dropout, bh):
+    """Return the dropout of one head: its random numbers are a stream of their own."""
+    return Dropout(dropout.threshold, dropout.scale, dropout.seed, bh.to(tl.int32))
 
 
 @triton.jit

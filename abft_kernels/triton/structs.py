@@ -53,6 +53,10 @@ class Features(NamedTuple):
     deferred: int = 0  # groups whose keys come last: 0 groups in the main loop, and these in `last`
     gathered: bool = False  # the keys of a tile are labelled ones, not consecutive
     last: Features | None = None  # of the tiles of labelled keys
+    masked_stages: int = 1
+    descriptors: bool = False
+    specialized: bool = False
+    atomic_dq: bool = False  # the kernel of dK and dV adds up dQ too
 
 
 class Heads(NamedTuple):
@@ -205,11 +209,13 @@ class Place(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One head of a `(B, H, N, D)` tensor."""
+    """One head of a `(B, H, N, D)` tensor, and perhaps a descriptor of its tiles in the sample's heads."""
 
     ptr: tl.tensor
     n: tl.tensor
     d: tl.tensor
+    tiles: tl.tensor_descriptor | None = None
+    h: tl.tensor | int = 0
 
 
 class KeyLabels(NamedTuple):
@@ -249,5 +255,7 @@ def features(q: Tensor, v: Tensor | None, call: Call, launch: Launch, groups: in
         softcap=call.softcap > 0,
         row_mask=groups > 0 and call.row_mask is not None,
         dropout=v is not None and call.dropout_p > 0,
+        masked_stages=launch.masked_stages,
+        descriptors=launch.descriptors,
         **others,
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from abft_kernels.triton.common import UNSPECIALIZED, load_tile, locate, one_head
 from abft_kernels.triton.softmax import LOG2E
+from abft_kernels.triton.structs import Rows
 
 
 class Statistics(NamedTuple):
@@ -44,3 +45,42 @@ def mass_attn_bwd_preprocess_kernel(out, do, mass, lse, dlse, statistics, heads,
     tl.store(statistics.delta + row, tl.where(absent, 0.0, delta), mask=in_range)
     # +inf, so that every probability of an absent row is 0.
     tl.store(statistics.lse2 + row, tl.where(absent, float("inf"), lse_rows * LOG2E), mask=in_range)
+
+
+class HeadRows(NamedTuple):
+    """Where the statistics of a head's rows begin, and where its sample's do in `row_mask`."""
+
+    base: tl.tensor
+    sample: tl.tensor
+    n_q: tl.tensor
+    dq: Rows  # with `atomic_dq`
+
+
+@triton.jit
+def load_statistics(statistics, head, offs_m, CHECKED: tl.constexpr):
+    """Load LSE in base 2 and δ of a tile of rows."""
+    if CHECKED:
+        lse2 = tl.load(statistics.lse2 + head.base + offs_m, mask=offs_m < head.n_q, other=float("inf"))
+        delta = tl.load(statistics.delta + head.base + offs_m, mask=offs_m < head.n_q, other=0.0)
+    else:
+        lse2 = tl.load(statistics.lse2 + head.base + offs_m)
+        delta = tl.load(statistics.delta + head.base + offs_m)
+    return lse2, delta
+
+
+@triton.jit
+def load_dmass(statistics, head, g, offs_m, wanted, F: tl.constexpr):
+    """Load dmass_g of a tile of rows; that of absent and unwanted rows is 0, whatever came in."""
+    return tl.load(statistics.dmass + (head.base + offs_m) * F.groups + g, mask=wanted, other=0.0)
+
+
+@triton.jit
+def wanted_rows(statistics, head, offs_m, lse2, F: tl.constexpr):
+    """Return the rows whose dmass counts, and 0 if there are none (without a mask of rows always 1)."""
+    wanted = (offs_m < head.n_q) & (lse2 != float("inf"))
+    some = 1
+    if F.row_mask:
+        pointers = statistics.row_mask + head.sample + offs_m
+        wanted = wanted & (tl.load(pointers, mask=offs_m < head.n_q, other=0) != 0)
+        some = tl.max(wanted.to(tl.int32), 0)
+    return wanted, some
