@@ -36,6 +36,7 @@ from abft_kernels.triton.common import (
 from abft_kernels.triton.descriptors import forms_of, tiles_of, with_scratch
 from abft_kernels.triton.labelled import (
     STRETCH,
+    block_labels,
     defer,
     index_labels,
     key_bounds,
@@ -50,7 +51,6 @@ from abft_kernels.triton.labels import (
     add_column,
     any_label,
     group_weight,
-    is_labelled,
     key_labels,
     load_groups,
     sample_labels,
@@ -322,9 +322,11 @@ def _row_block(
                 w = group_weight(g, group, labels, offs_n, keys, F)
                 slope += dmass[:, None] * w[None, :]
     ds = _score_gradient(p, slope, capped, F)
-    if F.deferred > 0:  # noqa: SIM102
-        if any_label(labels, start_n, F):
-            ds = tl.where(is_labelled(load_groups(labels, offs_n, F), F.deferred)[None, :], 0.0, ds)
+    if F.deferred > 0:
+        first, end = block_labels(labels, start_n, F)
+        if first < end:  # an inner loop would keep the outer one from being pipelined
+            for entry in range(first, end):
+                ds = tl.where(cols == tl.load(labels.positions + entry), 0.0, ds)
     return matmul(rounded(ds, k.dtype), k, dq)
 
 

@@ -89,6 +89,15 @@ def label_range(labels, phases, F: tl.constexpr):
 
 
 @triton.jit
+def block_labels(labels, start_n, F: tl.constexpr):
+    """Return the bounds, in the list, of the labelled keys in a block of keys; none if no row wants mass."""
+    first = labels.blocks + start_n // TILE
+    end = tl.load(first + F.block_n // TILE)
+    first = tl.load(first)
+    return first, tl.where(labels.active != 0, end, first)
+
+
+@triton.jit
 def labelled_masses(m_i, q, k_rows, phases, rows, keys, labels, scores, F: tl.constexpr):
     """Return the masses of a tile of rows whose running maximum is final, before the division by l."""
     L: tl.constexpr = F.last

@@ -59,10 +59,7 @@ def is_labelled(group, GROUPS: tl.constexpr):
 def any_label(labels, start_n, F: tl.constexpr):
     """Return whether the block of keys at `start_n` holds a label that the rows want."""
     found = labels.active
-    if F.deferred > 0:
-        first = labels.blocks + start_n // TILE
-        found = (tl.load(first + F.block_n // TILE) - tl.load(first)) * labels.active
-    elif not F.gathered:
+    if not F.gathered:
         found = tl.load(labels.blocks + start_n // F.block_n) * labels.active
     return found != 0
 
