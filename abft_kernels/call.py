@@ -34,6 +34,7 @@ class Call(NamedTuple):
     row_offset: int = 0  # position of query row 0, where rows are consecutive
     key_offset: int = 0  # what to subtract from the positions of chosen rows: they count all keys, this call a shard
     packed: bool = False  # the sequences are concatenated along the sequence dimension (batch size 1)
+    whole: bool = False  # of chosen rows: q holds all queries, and they are read at their positions
     seed: int = 0  # of dropout
     scale: float = 1.0
     softcap: float = 0.0  # 0: none
