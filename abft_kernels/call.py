@@ -36,6 +36,7 @@ class Call(NamedTuple):
     packed: bool = False  # the sequences are concatenated along the sequence dimension (batch size 1)
     sparse_labels: bool = False  # few keys have a group: the fused kernels meet those last, in tiles of their own
     deterministic: bool = True  # the same input gives the same bits; False lets a backward pass add in any order
+    whole: bool = False  # of chosen rows: q holds all queries, and they are read at their positions
     seed: int = 0  # of dropout
     scale: float = 1.0
     softcap: float = 0.0  # 0: none

@@ -33,6 +33,11 @@ def _triton_interpreted() -> bool:
     return INTERPRETED
 
 
+def _on_gpu(device: torch.device) -> bool:
+    """Return True if `"auto"` may choose Triton; the one place that asks for the kind of device."""
+    return device.type == "cuda"
+
+
 def _triton_reason(
     operator: str, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int = 1
 ) -> str | None:
@@ -41,7 +46,7 @@ def _triton_reason(
         return "triton is not installed (pip install triton)"
     if dtype == torch.float64:
         return "the Triton kernels have no float64"
-    if device.type == "cuda" or _triton_interpreted():
+    if _on_gpu(device) or _triton_interpreted():
         return refusal(operator, head_dim, dtype.itemsize, groups, device)
     return f"the tensors are on {device.type}; set TRITON_INTERPRET=1 before Python starts to interpret"
 
@@ -62,7 +67,7 @@ def _choose(backend: Backend, q: Tensor, v: Tensor | None, operator: str, groups
         raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
     widest = max(q.shape[-1], 0 if v is None else v.shape[-1])
     if backend == "auto":
-        on_gpu = q.device.type == "cuda"
+        on_gpu = _on_gpu(q.device)
         reason = _triton_reason(operator, q.device, q.dtype, widest, groups) if on_gpu else "no GPU"
         if reason and on_gpu and q.dtype != torch.float64:
             _warn_once(f"backend 'auto' takes PyTorch, not Triton: {reason}")
@@ -80,14 +85,27 @@ def _with_positive_scale(q: Tensor, masking: Masking) -> tuple[Tensor, Masking]:
     return (-q, masking._replace(scale=-scale)) if scale < 0 else (q * 0.0, masking._replace(scale=1.0))
 
 
-def _output(q: Tensor, k: Tensor, v: Tensor, call: Call, seeded: bool, backend: Backend) -> Tensor:
-    """Return the attention output alone; `seeded`: the caller gave the seed of dropout."""
+def _output_backend(q: Tensor, k: Tensor, v: Tensor, call: Call, seeded: bool, backend: Backend) -> Backend | None:
+    """Return the backend whose kernels compute the output; None: PyTorch's own attention does.
+
+    `seeded`: the caller gave the seed of dropout. Padded and packed samples go to the Triton kernels where `"auto"` may
+    take them. These read the samples where they stand, and leave zeros and no gradient outside of them. PyTorch's
+    attention needs padding moved to the right and cleaned; its `varlen_attn`, with padding as sequences of its own,
+    needs outputs and gradients of padding masked, and a fill: more launches than the masses leave room for.
+    """
     chosen = _choose(backend, q, v, "fused", 1)
-    # Packed sequences reach PyTorch's attention padded or one by one; the Triton kernel takes them as they are.
-    through_pytorch = backend == "torch" or (backend == "auto" and not (chosen == "triton" and call.packed))
-    if through_pytorch and sdpa.is_plain(q.shape[2], k.shape[2], call, seeded):
+    where_they_stand = chosen == "triton" and call.ends is not None
+    through_pytorch = backend == "torch" or (backend == "auto" and not where_they_stand)
+    if call.packed and torch.compiler.is_compiling():  # cutting the batch would need the bounds while tracing
+        through_pytorch = False
+    return None if through_pytorch and sdpa.is_plain(q.shape[2], k.shape[2], call, seeded) else chosen
+
+
+def _output(q: Tensor, k: Tensor, v: Tensor, call: Call, backend: Backend | None) -> Tensor:
+    """Return the attention output alone, of the backend that `_output_backend` chose."""
+    if backend is None:
         return sdpa.attention_output(q, k, v, call)
-    return ops.mass_attention(q, k, v, call._replace(groups=None, weights=None, num_groups=0), chosen)[0]
+    return ops.mass_attention(q, k, v, call._replace(groups=None, weights=None, num_groups=0), backend)[0]
 
 
 @overload
@@ -99,6 +117,7 @@ def row_mass(
     *,
     row_positions: Tensor | None = None,
     sparse_labels: bool = False,
+    all_queries: bool = False,
     return_lse: Literal[False] = False,
     deterministic: bool = True,
     backend: Backend = "auto",
@@ -113,6 +132,7 @@ def row_mass(
     *,
     row_positions: Tensor | None = None,
     sparse_labels: bool = False,
+    all_queries: bool = False,
     return_lse: Literal[True],
     deterministic: bool = True,
     backend: Backend = "auto",
@@ -125,6 +145,7 @@ def row_mass(
     num_groups: int,
     *,
     row_positions: Tensor | None = None,
+    all_queries: bool = False,
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
@@ -134,6 +155,7 @@ def row_mass(
     alibi_slopes: Tensor | None = None,
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
+    seq_ends: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_offset: int | None = None,
     query_offset: int | None = None,
@@ -154,7 +176,10 @@ def row_mass(
         row_positions: key position of each row `(B, R)`, int32 or int64, or `(S, R)` in the packed order. With
             `causal`, a row sees keys up to and including its position. A negative position marks an absent row:
             mass 0, LSE −inf, no gradient. None: `q_rows` are consecutive, the last one aligned with the last key.
-        query_offset: position of the first row where `row_positions` is None.
+        all_queries: `q_rows` holds the queries `(B, H, N_q, D)` of consecutive positions, as in
+            :func:`mass_attention`, and the rows at `row_positions` are read where they stand: no copy of them is made,
+            nor of their gradients.
+        query_offset: position of the first query where `row_positions` is None or `all_queries`.
         sparse_labels: few keys have a group id; without effect on rows with `row_positions`.
         deterministic: as there, for all rows; the gradients of a few rows are always repeatable.
         backend: `"auto"` is Triton on a GPU, else PyTorch.
@@ -167,20 +192,25 @@ def row_mass(
     """
     masking = Masking(
         *(causal, scale, window, chunk, softcap, sinks, alibi_slopes),
-        *(seq_lens, seq_starts, cu_seqlens, key_offset, query_offset),
+        *(seq_lens, seq_starts, seq_ends, cu_seqlens, key_offset, query_offset),
     )
     few = row_positions is not None
-    output = None if few else Output(sparse_labels=sparse_labels, deterministic=deterministic)
+    alone = few and not all_queries
+    output = None if alone else Output(sparse_labels=sparse_labels and not few, deterministic=deterministic)
     q_rows, masking = _with_positive_scale(q_rows, masking)
     heads = {"q_rows": q_rows, "k": k}
     call, sequences = make_call(heads, (key_groups, num_groups), masking, output)
     if row_positions is not None:
         last = None if masking.sharded else k.shape[2] - 1
-        row_positions = check_rows(row_positions, sequences, q_rows.shape[2], 0, last)
-    chosen = _choose(
-        backend, q_rows, None, "rows" if few else "fused", num_groups if few else call.loop_groups(num_groups)
-    )
+        first = 0 if alone else max(0, call.row_offset + call.key_offset)
+        row_positions = check_rows(row_positions, sequences, q_rows.shape[2] if alone else None, first, last)
+        call = call._replace(whole=all_queries)
+    of_table = ("rows", num_groups) if few else ("fused", call.loop_groups(num_groups))
+    chosen = _choose(backend, q_rows, None, *of_table)
     if chosen == "reference":
+        if row_positions is not None and all_queries:
+            q_rows = reference.gather_rows(q_rows, row_positions, call.row_offset + call.key_offset)
+            masking = masking._replace(query_offset=None)
         mass, lse = reference.row_mass_reference(
             q_rows, k, key_groups, num_groups, row_positions=row_positions, return_lse=True, **masking._asdict()
         )
@@ -205,6 +235,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
+    seq_ends: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_offset: int | None = None,
     query_offset: int | None = None,
@@ -214,15 +245,16 @@ def attention(
 ) -> Tensor:
     """Compute plain attention under the masks of :func:`mass_attention`, with no N × N mask for any of them.
 
-    Arguments as there. `"auto"` takes PyTorch's fastest kernel where it can compute this (causal or full, padded, and
-    packed on a CPU), and otherwise Triton on a GPU and rows a few at a time elsewhere. Returns out `(B, H, N_q, D_v)`.
+    Arguments as there. `"auto"` takes PyTorch's fastest kernel where it can compute this (causal or full; padded and
+    packed where Triton cannot), and otherwise Triton on a GPU and rows a few at a time elsewhere. Returns out
+    `(B, H, N_q, D_v)`.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`mass_attention`.
     """
     masking = Masking(
         *(causal, scale, window, chunk, softcap, sinks, alibi_slopes),
-        *(seq_lens, seq_starts, cu_seqlens, key_offset, query_offset),
+        *(seq_lens, seq_starts, seq_ends, cu_seqlens, key_offset, query_offset),
     )
     q, masking = _with_positive_scale(q, masking)
     call, _ = make_call({"q": q, "k": k, "v": v}, None, masking, Output(None, dropout_p, dropout_seed))
@@ -231,7 +263,7 @@ def attention(
         return reference.mass_attention_reference(
             q, k, v, no_group, 0, dropout_p=dropout_p, dropout_seed=call.seed, **masking._asdict()
         )[0]
-    return _output(q, k, v, call, dropout_seed is not None, backend)
+    return _output(q, k, v, call, _output_backend(q, k, v, call, dropout_seed is not None, backend))
 
 
 @overload
@@ -286,6 +318,7 @@ def mass_attention(
     alibi_slopes: Tensor | None = None,
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
+    seq_ends: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_offset: int | None = None,
     query_offset: int | None = None,
@@ -327,14 +360,16 @@ def mass_attention(
         seq_lens: tokens of each sample `(B,)`, for padded batches; None: all `N_k`. Keys outside are masked, and
             query rows outside give output 0, mass 0, LSE −inf and no gradient.
         seq_starts: first token of each sample `(B,)`, for left padding; None: 0.
+        seq_ends: one past the last token of each sample `(B,)`, in place of `seq_lens`. With `seq_starts` it saves the
+            addition of the two in every call.
         cu_seqlens: bounds `(S + 1,)` of S packed sequences: concatenated along the sequence dimension (batch size
             1), queries and keys alike; starts at 0.
         key_offset: position of the first key: k and v are a shard of the keys, to be merged by :func:`merge_masses`.
             Positions, `seq_lens` and `seq_starts` count all keys. 0 is the first shard, None the whole.
         query_offset: position of the first query; None aligns the last query with the last key.
         row_positions: positions `(B, R)`, or `(S, R)` with `cu_seqlens`, of the only rows whose mass is wanted
-            (negative: absent). Then the main attention runs on PyTorch's fastest kernel with :func:`row_mass`
-            beside it.
+            (negative: absent). Then :func:`row_mass` runs beside :func:`attention`, on all queries. Where both are
+            kernels of one backend, the rows' gradients are added in place to those of the attention.
         row_mask: bool `(B, N_q)`: rows whose mass is wanted, in the fused kernel; the others have mass 0, and tiles
             without a wanted row do no work for it.
         dropout_p: dropout on the probabilities that make `out`, never on mass or LSE.
@@ -348,7 +383,7 @@ def mass_attention(
             add up dq in float32 in any order, by atomics, for one kernel less. No effect in other backends, with
             `row_positions`, and under `torch.use_deterministic_algorithms(True)`.
         backend: `"triton"` (fused kernel), `"torch"`, `"reference"`, or `"auto"`: Triton on a GPU, else PyTorch;
-            with `row_positions`, PyTorch's attention and on a GPU the Triton row kernel.
+            with `row_positions`, the kernel that :func:`attention` takes and on a GPU the Triton row kernel.
 
     Returns:
         out `(B, H, N_q, D_v)` in q's dtype and mass `(B, H, N_q, G)`, or `(B or S, H, R, G)` with `row_positions`,
@@ -360,7 +395,7 @@ def mass_attention(
     """
     masking = Masking(
         *(causal, scale, window, chunk, softcap, sinks, alibi_slopes),
-        *(seq_lens, seq_starts, cu_seqlens, key_offset, query_offset),
+        *(seq_lens, seq_starts, seq_ends, cu_seqlens, key_offset, query_offset),
     )
     q, masking = _with_positive_scale(q, masking)
     output = Output(row_mask, dropout_p, dropout_seed, sparse_labels, deterministic)
@@ -389,11 +424,12 @@ def mass_attention(
             **masking._asdict(),
         )
     elif row_positions is not None:
-        out = _output(q, k, v, call, seeded, backend)
-        rows = reference.gather_rows(q, row_positions, first)
-        if call.slopes is not None:  # of packed sequences: one batch for q, one sample each for their rows
-            call = call._replace(slopes=call.slopes.expand(sequences, -1).contiguous())
-        mass, lse = ops.row_mass(rows, k, row_positions, call, chosen)
+        of_output, of_rows = _output_backend(q, k, v, call, seeded, backend), call._replace(whole=True)
+        if of_output == chosen:
+            out, mass, lse = ops.row_mass_attention(q, k, v, row_positions, of_rows, chosen)
+        else:
+            out = _output(q, k, v, call, of_output)
+            mass, lse = ops.row_mass(q, k, row_positions, of_rows, chosen)
     elif chosen == "torch" and sdpa.is_plain(q.shape[2], k.shape[2], call, seeded):
         out = sdpa.attention_output(q, k, v, call)
         _, mass, lse = ops.mass_attention(q, k, None, call, chosen)

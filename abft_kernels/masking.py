@@ -39,6 +39,7 @@ class Masking(NamedTuple):
     alibi_slopes: Tensor | None = None
     seq_lens: Tensor | None = None
     seq_starts: Tensor | None = None
+    seq_ends: Tensor | None = None
     cu_seqlens: Tensor | None = None
     key_offset: int | None = None
     query_offset: int | None = None
@@ -46,6 +47,10 @@ class Masking(NamedTuple):
     @property
     def sharded(self) -> bool:
         return self.key_offset is not None or self.query_offset is not None
+
+    @property
+    def padded(self) -> bool:
+        return self.seq_lens is not None or self.seq_ends is not None
 
 
 class Keywords(TypedDict, total=False):
@@ -60,6 +65,7 @@ class Keywords(TypedDict, total=False):
     alibi_slopes: Tensor | None
     seq_lens: Tensor | None
     seq_starts: Tensor | None
+    seq_ends: Tensor | None
     cu_seqlens: Tensor | None
     key_offset: int | None
     query_offset: int | None
@@ -73,6 +79,7 @@ class SeenKeys(NamedTuple):
     chunk: int | None = None
     seq_lens: Tensor | None = None
     seq_starts: Tensor | None = None
+    seq_ends: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
 
@@ -175,10 +182,10 @@ def check_sequences(masking: Masking, q: Tensor, n_q: int | None, n_k: int) -> S
     if masking.cu_seqlens is not None:
         starts, ends = _check_packed(masking, masking.cu_seqlens, n_q, n_k)
         return Sequences(starts.shape[0], reach, starts, ends)
-    if masking.seq_lens is not None:
-        return Sequences(q.shape[0], reach, *_check_padded(masking, masking.seq_lens, q.shape[0], n_q, n_k))
+    if masking.padded:
+        return Sequences(q.shape[0], reach, *_check_padded(masking, q.shape[0], n_q, n_k))
     if masking.seq_starts is not None:
-        raise ValueError("seq_starts needs seq_lens: pass the number of tokens of each sample too")
+        raise ValueError("seq_starts needs seq_lens or seq_ends: pass the number of tokens of each sample too")
     if reach.chunk and masking.key_offset:  # chunks are counted from position 0 of all keys
         first = torch.full((q.shape[0],), -masking.key_offset, dtype=torch.int32, device=q.device)
         return Sequences(q.shape[0], reach, first)
@@ -202,7 +209,7 @@ def _check_positions(masking: Masking, n_q: int | None, n_k: int) -> None:
 
 def _check_packed(masking: Masking, cu_seqlens: Tensor, n_q: int | None, n_k: int) -> tuple[Tensor, Tensor]:
     """Return first and one-past-last token of each sequence."""
-    for name in ("seq_lens", "seq_starts", "key_offset", "query_offset"):
+    for name in ("seq_lens", "seq_starts", "seq_ends", "key_offset", "query_offset"):
         if getattr(masking, name) is not None:
             raise ValueError(
                 f"cu_seqlens and {name} exclude each other: packed sequences have no padding and no shards"
@@ -223,12 +230,12 @@ def _check_packed(masking: Masking, cu_seqlens: Tensor, n_q: int | None, n_k: in
     return edges[:-1].contiguous(), edges[1:].contiguous()
 
 
-def _check_padded(
-    masking: Masking, seq_lens: Tensor, batch: int, n_q: int | None, n_k: int
-) -> tuple[Tensor | None, Tensor]:
+def _check_padded(masking: Masking, batch: int, n_q: int | None, n_k: int) -> tuple[Tensor | None, Tensor]:
     """Return first and one-past-last token of each sample, from key 0 of this call; None: all begin there."""
-    starts = masking.seq_starts
-    for name, x in (("seq_lens", seq_lens), ("seq_starts", starts)):
+    starts, lengths, ends = masking.seq_starts, masking.seq_lens, masking.seq_ends
+    if lengths is not None and ends is not None:
+        raise ValueError("seq_lens and seq_ends both say where the samples end; pass one of them")
+    for name, x in (("seq_lens", lengths), ("seq_starts", starts), ("seq_ends", ends)):
         if x is None:
             continue
         if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
@@ -240,13 +247,16 @@ def _check_padded(
             f"seq_lens with causal=False needs as many queries as keys, got {n_q} and {n_k}: padded query "
             "rows are told by their position"
         )
-    ends = seq_lens if starts is None else starts + seq_lens
+    if lengths is not None:
+        ends = lengths if starts is None else starts + lengths
+    assert ends is not None
     if values_readable(ends) and batch:
-        low = min(*seq_lens.tolist(), 0, *([] if starts is None else starts.tolist()))
-        if low < 0 or (not masking.sharded and max(ends.tolist()) > n_k):
+        first, end = [0] * batch if starts is None else starts.tolist(), ends.tolist()
+        fits = min(first) >= 0 and all(low <= high for low, high in zip(first, end, strict=True))
+        if not fits or (not masking.sharded and max(end) > n_k):
+            name, given = ("seq_ends", end) if lengths is None else ("seq_lens", lengths.tolist())
             raise ValueError(
-                f"seq_lens {seq_lens.tolist()} (from seq_starts {0 if starts is None else starts.tolist()}) "
-                f"must lie within the {n_k} keys"
+                f"{name} {given} (from seq_starts {0 if starts is None else first}) must lie within the {n_k} keys"
             )
     if masking.key_offset:
         starts = -masking.key_offset + (torch.zeros_like(ends) if starts is None else starts)

@@ -28,19 +28,20 @@ __all__ = ["mass_attention_reference", "row_mass_reference"]
 
 def _interval(positions: Tensor, present: Tensor, n_k: int, masking: Masking) -> tuple[Tensor, Tensor]:
     """Return first and one-past-last position of the keys that each row `(S, R)` sees; not ascending: none."""
-    causal, seq_lens, cu_seqlens, offset = masking.causal, masking.seq_lens, masking.cu_seqlens, masking.key_offset or 0
+    causal, cu_seqlens, offset = masking.causal, masking.cu_seqlens, masking.key_offset or 0
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.long()
         sequence = torch.searchsorted(cu_seqlens, positions.clamp(0).contiguous(), right=True) - 1
         sequence = sequence.clamp(0, len(cu_seqlens) - 2)
         start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
-    elif seq_lens is not None:
-        start = torch.zeros_like(seq_lens) if masking.seq_starts is None else masking.seq_starts
-        start, end = (x.long()[:, None].expand_as(positions) for x in (start, start + seq_lens))
+    elif masking.padded:
+        start = positions.new_zeros(len(positions)) if masking.seq_starts is None else masking.seq_starts
+        end = start + masking.seq_lens if masking.seq_ends is None else masking.seq_ends
+        start, end = (x.long()[:, None].expand_as(positions) for x in (start, end))
     else:
         start, end = torch.full_like(positions, offset), torch.full_like(positions, offset + n_k)
-    first = torch.zeros_like(start) if cu_seqlens is None and seq_lens is None else start
-    if cu_seqlens is not None or seq_lens is not None:
+    first = start if cu_seqlens is not None or masking.padded else torch.zeros_like(start)
+    if cu_seqlens is not None or masking.padded:
         present = present & (positions >= start) & (positions < end)
     end = torch.where(present, end, start)
     if causal:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from abft.models.bounds import Bounds
 from abft.models.context_parallel import ContextParallel
 from abft.models.momentum import add_momentum
-from abft_kernels import attention, gather_rows, mass_attention, row_mass
+from abft_kernels import attention, mass_attention, row_mass
 
 __all__ = ["Layer", "MassCollector", "MassRequest", "StopForward"]
 
@@ -35,6 +35,11 @@ class MassRequest(NamedTuple):
     key_groups: Tensor
     num_key_groups: int = 2
     query_positions: Tensor | None = None
+
+    def contiguous(self) -> MassRequest:
+        """Return the request in the layout that the kernels take: once a pass, not in every layer."""
+        rows = None if self.query_positions is None else self.query_positions.contiguous()
+        return self._replace(key_groups=self.key_groups.contiguous(), query_positions=rows)
 
     def without_first(self, dropped: int) -> MassRequest:
         """Return the request for keys of which a cache has dropped the first."""
@@ -70,7 +75,7 @@ class Layer(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """Return the keywords of the kernels that output and mass share."""
-        return {**self.bounds._asdict(), **self.scores}
+        return {**self.bounds.keywords(), **self.scores}
 
     def output(self) -> Tensor:
         """Return the attention output `(B, H, N, D_v)`."""
@@ -82,10 +87,9 @@ class Layer(NamedTuple):
         if self.context is not None:
             return self.context.mass(self.query, self.key, *request, self.options)
         groups, num_groups, positions = request
-        rows = self.query
-        if positions is not None:
-            rows = gather_rows(self.query, positions, self.key.shape[2] - self.query.shape[2])
-        mass = row_mass(rows, self.key, groups, num_groups, row_positions=positions, **self.options)
+        mass = row_mass(
+            self.query, self.key, groups, num_groups, row_positions=positions, all_queries=True, **self.options
+        )
         assert isinstance(mass, Tensor)
         return mass
 

@@ -57,8 +57,7 @@ class Inputs(NamedTuple):
         if self.cu_seqlens is not None:
             return Bounds(cu_seqlens=self.cu_seqlens.to(torch.int32))
         if self.seq_lens is not None:
-            starts = None if self.seq_starts is None else self.seq_starts.to(torch.int32)
-            return Bounds(seq_lens=self.seq_lens.to(torch.int32), seq_starts=starts)
+            return Bounds.of_samples(self.seq_lens, self.seq_starts)
         told_elsewhere = self.attention_mask is not None or self.position_ids is not None
         return None if told_elsewhere else Bounds()
 
@@ -107,8 +106,9 @@ class Inputs(NamedTuple):
         if self.cu_seqlens is None:
             return
         samples, length = self.input_ids.shape
-        on_cpu = self.cu_seqlens.device.type == "cpu"  # reading it would stall a GPU
-        if samples != 1 or (on_cpu and int(self.cu_seqlens[-1]) != length):
+        # Reading it would stall a GPU, and torch.compile cannot trace it.
+        readable = self.cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+        if samples != 1 or (readable and int(self.cu_seqlens[-1]) != length):
             raise ValueError(
                 f"cu_seqlens ends at {int(self.cu_seqlens[-1])}; input_ids must be one packed row of as many tokens, "
                 f"got shape {tuple(self.input_ids.shape)}"

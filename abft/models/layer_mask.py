@@ -97,6 +97,7 @@ class LayerMask:
         self.local_size = local_size
         self._everywhere: Bounds | None = None  # by a function of numbers alone
         self._read: Bounds | None = None  # without a layout
+        self._told: tuple[Bounds, Bounds] | None = None  # the last layout, and the bounds within it
 
     @property
     def dropped(self) -> int:
@@ -117,7 +118,9 @@ class LayerMask:
         if layout is not None:
             if self.dropped and layout.seq_lens is not None:
                 raise NotImplementedError("seq_lens over a cache that has dropped keys; pass an attention_mask instead")
-            return self._within(layout)
+            if self._told is None or self._told[0] is not layout:
+                self._told = layout, self._within(layout)
+            return self._told[1]
         if self._read is None:
             self._read = self._within(_read_padding(self._padding, len(self._keys)))
         return self._read
@@ -218,7 +221,7 @@ def _read_padding(padding: Tensor | None, length: int) -> Bounds:
         )
     if all(n == length for n in on_host[0]):
         return Bounds()
-    return Bounds(seq_lens=lengths, seq_starts=starts if any(on_host[1]) else None)
+    return Bounds.of_samples(lengths, starts if any(on_host[1]) else None)
 
 
 class _NoPadding:

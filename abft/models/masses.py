@@ -62,7 +62,7 @@ def attention_mass(
         NotImplementedError: a layer's attention does not come through the interface.
     """
     inputs = Inputs(input_ids, attention_mask, position_ids, seq_lens, seq_starts, cu_seqlens)
-    request = MassRequest(key_groups, num_groups, query_positions)
+    request = MassRequest(key_groups, num_groups, query_positions).contiguous()
     return _outputs_with_mass(model, inputs, request, kwargs).attentions
 
 
@@ -85,7 +85,8 @@ def forward_with_mass(
         ValueError, NotImplementedError: as there.
     """
     inputs, others = Inputs.split(arguments)
-    return _outputs_with_mass(model, inputs, MassRequest(key_groups, num_key_groups, query_positions), others)
+    request = MassRequest(key_groups, num_key_groups, query_positions).contiguous()
+    return _outputs_with_mass(model, inputs, request, others)
 
 
 def forward(model: nn.Module, **arguments: Any) -> Any:
@@ -181,7 +182,7 @@ def layer_masses(
             context with padding, packed prompts or all rows.
     """
     inputs = Inputs(input_ids, attention_mask, position_ids, seq_lens, seq_starts, cu_seqlens)
-    request = MassRequest(key_groups, num_groups, query_positions)
+    request = MassRequest(key_groups, num_groups, query_positions).contiguous()
     inner = _ready(model)
     checkpointed = bool(_checkpoint_functions(inner))
     if detach and checkpointed:

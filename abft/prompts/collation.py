@@ -89,7 +89,7 @@ class Collator:
             A dictionary of tensors on the CPU, int64 unless another dtype is named:
 
             - ``input_ids`` (B, N): padded token ids.
-            - ``attention_mask`` (B, N): 1 at tokens, 0 at padding.
+            - ``seq_lens`` (B,) int32: tokens of each sample; with padding on the left also ``seq_starts`` (B,) int32.
             - ``position_ids`` (B, N): 0, 1, … over a sample's own tokens; 0 at padding.
             - ``key_groups`` (B, N) int8: ``CORRECT_LABELS`` (0) at positive keys, ``WRONG_LABELS`` (1) at negative
               ones, ``NO_GROUP`` (-1) elsewhere.
@@ -102,8 +102,10 @@ class Collator:
             - ``label_ids`` (B,): the token that should follow; for a prompt, the first token of the gold label.
               ``NO_LABEL`` (-100) if the sample has none.
 
-            With packing the first four but ``attention_mask`` are (1, N), ``query_positions`` counts over all of
-            them, and ``cu_seqlens`` (B + 1,) int32 holds the bounds. If the samples exceed ``tokens_per_batch``, the
+            Samples of one length have no padding, and no ``seq_lens``, ``seq_starts`` and ``position_ids``: a pass
+            without them spares its layers the work for padding. With packing the entries (B, N) are (1, N),
+            ``query_positions`` counts over all of them, and in place of ``seq_lens`` ``cu_seqlens`` (B + 1,) int32
+            holds the bounds. If the samples exceed ``tokens_per_batch``, the
             only entry is ``parts``: a list of such dictionaries, each within the budget.
 
         Raises:
@@ -127,11 +129,14 @@ class Collator:
         input_ids[mask] = torch.tensor(_tokens(samples))
         key_groups = torch.full(shape, NO_GROUP, dtype=torch.int8)
         key_groups[mask] = torch.cat([_key_groups(sample) for sample in samples])
+        padding = {}
+        if int(lengths.min()) < shape[1]:
+            padding = {"position_ids": offsets.where(mask, 0), "seq_lens": lengths.to(torch.int32)}
+            if self.padding_side == "left":
+                padding["seq_starts"] = starts.to(torch.int32)
         return {
             "input_ids": input_ids,
-            "position_ids": offsets.where(mask, 0),
-            "seq_lens": lengths.to(torch.int32),
-            **({"seq_starts": starts.to(torch.int32)} if self.padding_side == "left" else {}),
+            **padding,
             "key_groups": key_groups,
             "query_positions": starts[:, None] + _rows(samples),
         }

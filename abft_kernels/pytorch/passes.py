@@ -13,6 +13,7 @@ from abft_kernels.call import Call, Gradients
 from abft_kernels.merging import sink_gradient
 from abft_kernels.pytorch.packing import Padded, padded
 from abft_kernels.pytorch.scores import ABSENT, Scores
+from abft_kernels.reference import gather_rows
 
 __all__ = ["backward", "forward", "row_backward", "row_forward"]
 
@@ -26,6 +27,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor | None, call: Call) -> tuple[Tensor,
 
 def row_forward(q: Tensor, k: Tensor, positions: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return mass `(S, H, R, G)` and natural-log LSE `(S, H, R)` of the rows, float32 (float64 for float64)."""
+    q, positions, call = _rows_alone(q, positions, call)
     positions = _from_key_0(positions, call)
     if (batch := _as_batch(k, positions, call)) is not None:
         _, k, positions, call = batch
@@ -60,9 +62,13 @@ def row_backward(
     mass: Tensor,
     lse: Tensor,
     weights_wanted: bool,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dq `(S, H, R, D)`, dk `(B, H_kv, N, D)`, dweights and dsinks; the last two are empty if not wanted."""
-    positions, length = _from_key_0(positions, call), k.shape[2]
+    """Return dq in q's shape, dk `(B, H_kv, N, D)`, dweights and dsinks; the last two are empty if not wanted. With
+    `into`, a dq and a dk, they are added to these in place."""
+    queries, given, length = q, call, k.shape[2]
+    q, chosen, call = _rows_alone(q, positions, call)
+    positions = _from_key_0(chosen, call)
     if (batch := _as_batch(k, positions, call)) is not None:
         _, k, positions, call = batch
     rows = Scores(q, k, None, positions, call, False)
@@ -70,7 +76,36 @@ def row_backward(
     if batch is not None:
         dk = batch[0].join(dk, length)
         dw = batch[0].join(dw, length) if dw.numel() else dw
+    if into is not None:
+        dk = into[1].add_(dk)
+    if given.whole:
+        dq = _put_rows(dq, chosen, given, into[0] if into is not None else queries.new_zeros(queries.shape))
     return dq, dk, dw, dsinks
+
+
+def _rows_alone(q: Tensor, positions: Tensor, call: Call) -> tuple[Tensor, Tensor, Call]:
+    """Return the rows' queries `(S, H, R, D)`, their positions, negative without a query, and the call for them."""
+    if not call.whole:
+        return q, positions, call
+    first = call.key_offset + call.row_offset
+    positions = positions.long()
+    here = (positions >= first) & (positions < first + q.shape[2])
+    slopes = None if call.slopes is None else call.slopes.expand(positions.shape[0], -1)
+    rows = q.new_zeros(positions.shape[0], q.shape[1], positions.shape[1], q.shape[3])
+    if q.shape[2]:
+        rows = gather_rows(q, positions, first)
+    return rows, positions.masked_fill(~here, -1), call._replace(slopes=slopes, whole=False)
+
+
+def _put_rows(rows: Tensor, positions: Tensor, call: Call, into: Tensor) -> Tensor:
+    """Add rows `(S, H, R, D)` at `positions` to `into` `(B, H, N_q, D)`, in place."""
+    index = positions - (call.key_offset + call.row_offset)
+    rows = rows.masked_fill((positions < 0)[:, None, :, None], 0.0)
+    if call.packed:
+        into[0].index_add_(1, index.clamp(min=0).flatten(), rows.transpose(0, 1).flatten(1, 2))
+        return into
+    index = index.clamp(min=0)[:, None, :, None].expand(rows.shape)
+    return into.scatter_add_(2, index, rows) if into.numel() else into
 
 
 def _all_positions(q: Tensor, call: Call) -> Tensor:

@@ -18,7 +18,7 @@ _MASKED_ROWS = 128
 # Fields of a call that do not change the output or that PyTorch's attention can follow; all others must be at their
 # defaults. `row_offset`, `reach` and `seed` have conditions of their own.
 _FOLLOWED = {"groups", "weights", "num_groups", "row_mask", "starts", "ends", "packed", "causal", "scale", "dropout_p"}
-_FOLLOWED |= {"key_offset", "row_offset", "reach", "seed"}
+_FOLLOWED |= {"key_offset", "row_offset", "reach", "seed", "whole"}
 _PLAIN = {name: value for name, value in Call._field_defaults.items() if name not in _FOLLOWED}
 
 
@@ -74,6 +74,8 @@ def attention_output(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     if call.packed:
         return _packed(q, k, v, call)
     n_q, n_k = q.shape[2], k.shape[2]
+    if call.ends is None and (n_q in (1, n_k) or not call.causal):
+        return _sdpa(q, k, v, call, None, call.causal and n_q > 1)
     starts = None if call.starts is None else call.starts[:, None]
     ends = None if call.ends is None else call.ends[:, None]
     return _padded(q, k, v, starts, ends, call, torch.arange(n_q, device=q.device) + (n_k - n_q))

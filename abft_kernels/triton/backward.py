@@ -51,6 +51,7 @@ from abft_kernels.triton.labels import (
     add_column,
     any_label,
     group_weight,
+    is_labelled,
     key_labels,
     load_groups,
     sample_labels,
@@ -244,16 +245,13 @@ def _key_tile(
 
     limit_out = shape.n_k
     if F.packed:  # keys after the sequence are another tile's
-        limit_out = keys.end
+        limit_out = at.limit
     offs_n = stored_keys(labels, offs_n, keys, limit_out, F)
-    key_base = at.bh * shape.n_k
-    dk_rows = Rows(dk + key_base * F.head_dim, F.head_dim, 1)
-    store_tile(dk_rows, at.start, offs_n, offs_d, limit_out, dk_tile * scale, F.head_dim)
+    store_tile(one_head(dk, at.b, at.h), at.start, offs_n, offs_d, limit_out, dk_tile * scale, F.head_dim)
     if F.v:
-        dv_rows = Rows(dv + key_base * F.head_dim_v, F.head_dim_v, 1)
-        store_tile(dv_rows, at.start, offs_n, offs_dv, limit_out, dv_tile, F.head_dim_v)
+        store_tile(one_head(dv, at.b, at.h), at.start, offs_n, offs_dv, limit_out, dv_tile, F.head_dim_v)
     if F.dw:
-        dw_rows = Rows(dw + key_base * F.groups, F.groups, 1)
+        dw_rows = Rows(dw + at.bh * shape.n_k * F.groups, F.groups, 1)
         store_tile(dw_rows, at.start, offs_n, tl.arange(0, GROUPS_PAD), limit_out, dw_tile, F.groups)
 
 
@@ -279,7 +277,7 @@ def _mass_attn_bwd_kv_kernel(
             keys, _ = keys_and_queries(sequences, at.sequence, shape, F)
             first, end, step = label_tiles(sample_labels(labels, at.b, n_k, 1, F), at, keys, n_k, F)
             for entry in range(first, end, step):
-                at = Place(at.b, at.h, at.bh, at.sequence, entry)
+                at = Place(at.b, at.h, at.bh, at.sequence, entry, keys.end)
                 _key_tile(
                     at, q, k, v, do, labels, statistics, dq, dk, dv, dw, scale, scores, dropout, sequences, shape, L
                 )
@@ -389,9 +387,8 @@ def _mass_attn_bwd_q_kernel(
             )
     limit_out = shape.n_q
     if F.packed:
-        limit_out = queries.limit
-    dq_rows = Rows(dq + at.bh * shape.n_q * F.head_dim, F.head_dim, 1)
-    store_tile(dq_rows, at.start, offs_m, offs_d, limit_out, dq_tile * scale, F.head_dim)
+        limit_out = at.limit
+    store_tile(one_head(dq, at.b, at.h), at.start, offs_m, offs_d, limit_out, dq_tile * scale, F.head_dim)
 
 
 class Gradients(NamedTuple):
@@ -426,15 +423,15 @@ def backward(
         v = do = None
     groups = 0 if dmass is None else call.num_groups
     want_dw = weights_wanted and call.weights is not None and dmass is not None
-    # Fills, not empties: with no query or no key no program runs, and packed sequences may leave tokens over.
+    # In the layout of q, k and v, which spares the projections before them a copy. With no query or no key no program
+    # runs.
     nothing = n_q == 0 or n_k == 0 or batch == 0
-    fresh = torch.zeros if nothing or call.packed else torch.empty
-    dq = fresh(q.shape, dtype=q.dtype, device=q.device)
-    dk = fresh(k.shape, dtype=k.dtype, device=k.device)
-    dv = fresh((0,) if v is None else v.shape, dtype=q.dtype, device=k.device)
-    dw = fresh((batch, kv_heads, n_k, groups) if want_dw else (0,), dtype=torch.float32, device=q.device)
-    dsinks = torch.zeros(0 if call.sinks is None else heads, dtype=torch.float32, device=q.device)
+    like = torch.zeros_like if nothing else torch.empty_like
+    dq, dk, dv = like(q), like(k), q.new_empty(0) if v is None else like(v)
+    dw = q.new_empty((batch, kv_heads, n_k, groups) if want_dw else (0,), dtype=torch.float32)
+    dsinks = q.new_empty(0 if call.sinks is None else heads, dtype=torch.float32)
     if nothing:
+        dw, dsinks = dw.zero_(), dsinks.zero_()
         return Gradients(dq, dk, dv, dw.sum(1) if want_dw else dw, dsinks)
     if dmass is not None and call.row_mask is not None:
         dmass = dmass.masked_fill(call.row_mask[:, None, :, None] == 0, 0.0)
@@ -468,14 +465,14 @@ def backward(
     if call.sinks is not None:
         dsinks = sink_gradient(call.sinks, lse, delta)
 
-    sizes = shape.tiled(call, n_k, launch.block_n)
+    sizes, results = shape.tiled(call, n_k, launch.block_n), (Heads.of(dk), Heads.of(None if v is None else dv))
     labels, tiles = key_labels(call, groups), sizes.num_tiles
     if of_keys.deferred:
         labels, tiles = index_labels(labels.keys, groups), tiles + shape.tiled(call, n_k, STRETCH.value).num_tiles
     # Without its scale, which meets every element once, afterwards.
     sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if atomic else None
     run = with_scratch(_mass_attn_bwd_kv_kernel[(tiles * batch * kv_heads,)], launch, q.device)
-    run(*inputs, labels, statistics, sums, dk, dv, dw, *of_call, *sizes, of_keys, **launch.options)
+    run(*inputs, labels, statistics, sums, *results, dw, *of_call, *sizes, of_keys, **launch.options)
     if sums is not None:
         torch.mul(sums, call.scale, out=dq)
         return Gradients(dq, dk, dv, dw.sum(1) if want_dw else dw, dsinks)
@@ -485,5 +482,5 @@ def backward(
     if not of.deferred:
         labels = key_labels(call, groups, launch.block_n)
     run = with_scratch(_mass_attn_bwd_q_kernel[(sizes.num_tiles * batch * heads,)], launch, q.device)
-    run(*inputs, labels, statistics, dq, *of_call, *sizes, of, **launch.options)
+    run(*inputs, labels, statistics, Heads.of(dq), *of_call, *sizes, of, **launch.options)
     return Gradients(dq, dk, dv, dw.sum(1) if want_dw else dw, dsinks)

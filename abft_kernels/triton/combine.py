@@ -6,9 +6,8 @@ m = max_s lse_s      out = Σ_s out_s·2^(lse_s − m) / Σ_s 2^(lse_s − m)   
 import triton
 import triton.language as tl
 
-from abft_kernels.triton.common import UNSPECIALIZED, load_tile, scatter, store_tile
+from abft_kernels.triton.common import UNSPECIALIZED, locate, one_head, scatter
 from abft_kernels.triton.softmax import LN2, finish
-from abft_kernels.triton.structs import Rows
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -54,14 +53,47 @@ def row_mass_combine_kernel(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def row_mass_dq_kernel(part_dq, dq, total_rows, num_splits, F: tl.constexpr):
+def row_mass_dq_kernel(
+    part_dq, dq, positions, heads, num_rows, n_q, num_tiles, num_sequences, num_splits, offset, F: tl.constexpr
+):
+    """Write dq of a tile of queries: the sum of its rows' parts, 0 without any; with F.add, add them to what is there.
+
+    Rows are looked for by position, so that each query is written once, however often it was chosen.
+    """
     BLOCK_M: tl.constexpr = F.block_m
+    BLOCK_N: tl.constexpr = F.block_n
     BLOCK_D: tl.constexpr = F.block_d
-    start_m = tl.program_id(0) * BLOCK_M
-    offs_m = start_m + tl.arange(0, BLOCK_M)
+    at = locate(heads, num_tiles, BLOCK_M, False)
+    offs_m = at.start + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
+    begin = (at.b * num_rows).to(tl.int32)
+    end = begin + num_rows
+    if F.packed:  # rows of any sequence
+        end = num_sequences * num_rows
     total = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for split in range(num_splits):
-        part = Rows(part_dq + split * F.head_dim, num_splits * F.head_dim, 1)
-        total += load_tile(part, start_m, offs_m, offs_d, 0, total_rows, F.head_dim, True)
-    store_tile(Rows(dq, F.head_dim, 1), start_m, offs_m, offs_d, total_rows, total, F.head_dim)
+    chosen = tl.zeros([BLOCK_M], dtype=tl.int32)
+    for first in range(begin, end, BLOCK_N):
+        index = first + tl.arange(0, BLOCK_N)
+        place = index - begin
+        valid = index < end
+        if F.whole:
+            position = tl.load(positions + index, mask=valid, other=-1)
+            valid = valid & (position >= 0)
+            place = (position - offset).to(tl.int32)
+        here = (place[None, :] == offs_m[:, None]) & valid[None, :]  # [BLOCK_M, BLOCK_N]
+        found = tl.sum(here.to(tl.int32), 1)
+        row = tl.full([BLOCK_M], -1, dtype=tl.int32)
+        for _ in range(tl.max(found, 0)):
+            row = tl.min(tl.where(here & (index[None, :] > row[:, None]), index[None, :], end), 1)
+            of_head = row // num_rows * heads + at.h
+            part = ((of_head * num_rows + row % num_rows) * num_splits).to(tl.int64)
+            mask = (row < end)[:, None] & (offs_d[None, :] < F.head_dim)
+            for split in range(num_splits):
+                pointers = part_dq + ((part + split) * F.head_dim)[:, None] + offs_d[None, :]
+                total += tl.load(pointers, mask=mask, other=0.0)
+        chosen += found
+    written = offs_m < n_q
+    if F.add:
+        written = written & (chosen > 0)
+    rows = one_head(dq, at.b, at.h)
+    scatter(rows.ptr + offs_m.to(tl.int64) * rows.n, rows.d, total, written, F.head_dim, F.add)

@@ -54,7 +54,7 @@ def locate(heads, num_tiles, block, LAST_FIRST: tl.constexpr, skipped=0):
     tile = program % num_tiles
     b = bh // heads
     start = (num_tiles - 1 - tile if LAST_FIRST else tile) * block
-    return Place(b, bh % heads, bh, b, start)
+    return Place(b, bh % heads, bh, b, start, 0)
 
 
 @triton.jit
@@ -63,7 +63,8 @@ def locate_packed(sequences, num_sequences, heads, num_tiles, total, BLOCK: tl.c
 
     The tiles of sequence s begin with number start_s // BLOCK + s: no fewer than it fills, and known without the
     lengths of the others, so that no map of tiles has to be made. A tile that it does not fill begins at `total`,
-    where it finds nothing to do. The last tiles come first.
+    where it finds nothing to do. The last sequence's tiles go on to `total`: they write the zeros of tokens that no
+    sequence holds. The last tiles come first.
     """
     at = locate(heads, num_tiles, 1, True, skipped)
     sequence = -1
@@ -74,8 +75,9 @@ def locate_packed(sequences, num_sequences, heads, num_tiles, total, BLOCK: tl.c
         sequence += tl.sum(begun.to(tl.int32), 0)
     first = tl.load(sequences.starts + sequence)
     start = first + (at.start - first // BLOCK - sequence) * BLOCK
-    start = tl.where(start < tl.load(sequences.ends + sequence), start, total)
-    return Place(at.b, at.h, at.bh, sequence, start)
+    limit = tl.where(sequence == num_sequences - 1, total, tl.load(sequences.ends + sequence))
+    start = tl.where(start < limit, start, total)
+    return Place(at.b, at.h, at.bh, sequence, start, limit)
 
 
 @triton.jit
@@ -127,8 +129,11 @@ def add_tile(x, start, offs, offs_d, first, limit, tile, HEAD_DIM: tl.constexpr)
 
 
 @triton.jit
-def scatter(rows, d, tile, written, COLUMNS: tl.constexpr):
-    """Store a tile at pointers to its rows, whose elements are `d` apart, rounded."""
+def scatter(rows, d, tile, written, COLUMNS: tl.constexpr, ADD: tl.constexpr = False):
+    """Store a tile at pointers to its rows, whose elements are `d` apart, rounded; with ADD, add to what is there."""
     columns = tl.arange(0, tile.shape[1])
+    pointers = rows[:, None] + columns[None, :] * d
     mask = written[:, None] & (columns < COLUMNS)[None, :]
-    tl.store(rows[:, None] + columns[None, :] * d, rounded(tile, rows.dtype.element_ty), mask=mask)
+    if ADD:
+        tile += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, rounded(tile, rows.dtype.element_ty), mask=mask)

@@ -160,10 +160,9 @@ def _mass_attn_fwd_kernel(
     present = own & any_key(offs_m + shape.offset, keys, F) & ~(l_i == 0.0)
     acc, sums, lse2 = finish(acc, sums, m_i, l_i, present, sinks, at.h, True, F.sinks)
     limit_out = shape.n_q
-    written = offs_m < shape.n_q
     if F.packed:  # rows after the sequence are another tile's
-        limit_out = queries.limit
-        written = own
+        limit_out = at.limit
+    written = offs_m < limit_out
     row_base = at.bh * shape.n_q
     tl.store(lse + row_base + offs_m, lse2 * LN2, mask=written)
     if GROUPS > 0:
@@ -180,14 +179,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor | None, call: Call) -> tuple[Tensor,
     `(B, H, N_q)`."""
     batch, heads, n_q, _ = q.shape
     kv_heads, n_k, groups = k.shape[1], k.shape[2], call.num_groups
-    # Packed sequences may leave tokens over, which no program owns.
-    fresh = torch.zeros if call.packed else torch.empty
     shape = (batch, n_q, heads, 0 if v is None else v.shape[3])
-    out = fresh(shape, dtype=q.dtype, device=q.device).transpose(1, 2)
-    mass = fresh((batch, heads, n_q, groups), dtype=torch.float32, device=q.device)
+    out = torch.empty(shape, dtype=q.dtype, device=q.device).transpose(1, 2)
+    mass = torch.empty((batch, heads, n_q, groups), dtype=torch.float32, device=q.device)
     lse = torch.empty((batch, heads, n_q), dtype=torch.float32, device=q.device)
-    if call.packed:
-        lse.fill_(float("-inf"))
     if lse.numel() == 0:
         return out, mass, lse
     of_table = (head_tile(q, v), q.element_size(), groups, q.device)

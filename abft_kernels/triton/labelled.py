@@ -152,7 +152,10 @@ def key_bounds(start_n, offs_n, keys, F: tl.constexpr):
 def stored_keys(labels, offs_n, keys, limit, F: tl.constexpr):
     """Return the keys of a tile that its program stores; `limit` stands for those that it does not."""
     if F.deferred > 0:
-        offs_n = tl.where(is_labelled(load_groups(labels, offs_n, F), F.deferred), limit, offs_n)
+        labelled = is_labelled(load_groups(labels, offs_n, F), F.deferred)
+        if F.packed:  # tokens after the last sequence are no program's of labelled keys
+            labelled = labelled & (offs_n < keys.end)
+        offs_n = tl.where(labelled, limit, offs_n)
     if F.gathered and F.packed:  # a tile may begin with keys of the sequence before
         offs_n = tl.where(offs_n < keys.start, limit, offs_n)
     return offs_n
@@ -174,7 +177,7 @@ def label_tiles(labels, at, keys, n_k, F: tl.constexpr):
     end = n_k
     if F.packed:  # from `n_k` on, the program has no sequence
         start = keys.start
-        end = tl.where(at.start < n_k, keys.end, start)
+        end = tl.where(at.start < keys.end, keys.end, start)
     first = tl.load(labels.blocks + start // TILE)
     last = tl.where(start < end, tl.load(labels.blocks + tl.cdiv(end, TILE)), first)
     return first + (at.start - start) // STRETCH * TILE, last, tl.maximum(tl.cdiv(end - start, STRETCH), 1) * TILE

@@ -15,6 +15,7 @@ from abft_kernels.triton.launch_table import TABLE, Entry, Launch
 __all__ = [
     "GPU",
     "SMALL",
+    "UNSPLIT_BLOCKS",
     "Forms",
     "Launch",
     "decodes",
@@ -26,6 +27,9 @@ __all__ = [
     "row_splits",
     "serves",
 ]
+
+# Of keys in the row kernel: splitting so few takes longer, by the launch that merges the splits, than it saves.
+UNSPLIT_BLOCKS = 8
 
 # Of the kernels that only move data.
 SMALL = Launch(0, 0, 4, 3)

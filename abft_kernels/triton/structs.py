@@ -57,6 +57,8 @@ class Features(NamedTuple):
     descriptors: bool = False
     specialized: bool = False
     atomic_dq: bool = False  # the kernel of dK and dV adds up dQ too
+    whole: bool = False  # the row kernel reads its rows, and writes dq, at their places among all queries
+    add: bool = False  # the row kernel adds dq and dk to what is there
 
 
 class Heads(NamedTuple):
@@ -128,6 +130,8 @@ class RowSizes(NamedTuple):
     n_k: int
     blocks_per_split: int
     key_offset: int
+    n_q: int  # of all queries, with `Features.whole`
+    offset: int  # position of the first of them
 
 
 class RowShape(NamedTuple):
@@ -140,6 +144,8 @@ class RowShape(NamedTuple):
     n_k: tl.tensor
     blocks_per_split: tl.tensor
     key_offset: tl.tensor
+    n_q: tl.tensor
+    offset: tl.tensor
 
 
 class Sequences(NamedTuple):
@@ -206,6 +212,7 @@ class Place(NamedTuple):
     bh: tl.tensor
     sequence: tl.tensor
     start: tl.tensor
+    limit: tl.tensor | int = 0  # of packed sequences: one past the last row or key that its tiles write
 
 
 class Rows(NamedTuple):

@@ -5,15 +5,15 @@ import torch
 from harness import Case, assert_close, check, make_inputs, run
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from abft_kernels import mass_attention, mass_attention_reference
+from abft_kernels import attention, gather_rows, mass_attention, mass_attention_reference, row_mass
 
-# Rows · heads per KV head over 32 take several tiles, and other kernels for dq and dk; N300 takes several splits.
+# Rows · heads per KV head over 32 take several tiles, and other kernels for dq and dk; N600 takes several splits.
 CASES = [
-    "B2-H4:2-R1-N300-D64-G2-bf16-causal-ml",
+    "B2-H4:2-R1-N600-D64-G2-bf16-causal-ml",
     "B2-H4:2-R1-N111-D60-G2-fp32-causal-left-m",
     "B1-H8:1-R1-N300-D128-G2-bf16-causal-right-bnhd-ml",
     "B2-H2-R5-N130-D32-G3-fp16-causal-left-sliced-ml",
-    "B1-H8:1-R6-N300-D64-G2-bf16-causal-ml",
+    "B1-H8:1-R6-N600-D64-G2-bf16-causal-ml",
     "B1-H4:1-R20-N130-D128-G2-fp32-causal-left-bnhd-ml",
     "B2-H2-R40-N111-D16-G1-fp32-full-right-ml",
     "B1-H2:1-R20-N63-D256-G8-bf16-causal-m",
@@ -77,6 +77,54 @@ def test_rows_of_an_attention(n_q, backend, device):
         assert_close(name, x, y, z, 0.0)
 
 
+PACKED = {"cu_seqlens": torch.tensor([0, 20, 20, 37, 37], dtype=torch.int32)}  # of 40 tokens: 3 belong to no sequence
+LEFT = {"seq_ends": torch.tensor([40, 40]), "seq_starts": torch.tensor([0, 25])}
+SHARD = {"query_offset": 30}
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("keywords", "positions"),
+    [
+        (PACKED, [[19], [-1], [30], [-1]]),
+        (PACKED, [[19, 19, 3], [-1, -1, -1], [30, -1, 30], [-1, -1, -1]]),
+        (LEFT, [[39], [39]]),
+        (LEFT, [[5, 39, 5, -1], [39, 24, 25, 39]]),
+        (LEFT, [[*range(20, 40), *range(40)], [39] * 60]),
+        (SHARD, [[33, 33], [-1, 39]]),
+    ],
+)
+def test_rows_read_where_they_stand(keywords, positions, backend, device):
+    """`all_queries` alone and beside an attention against the rows copied out of the queries."""
+    torch.manual_seed(0)
+    packed, first = "cu_seqlens" in keywords, keywords.get("query_offset", 0)
+    batch, n_q = 1 if packed else 2, 40 - first
+    shapes = [(batch, n_q, 4, 16), (batch, 40, 2, 16), (batch, 40, 2, 16)]
+    q, k, v = (torch.randn(shape, device=device).transpose(1, 2).requires_grad_() for shape in shapes)
+    groups, rows = torch.arange(40, device=device).expand(batch, -1) % 3 - 1, torch.tensor(positions, device=device)
+    keywords = {name: x.to(device) if torch.is_tensor(x) else x for name, x in keywords.items()}
+    given = {"row_positions": rows, "backend": backend, **keywords}
+    copied = {**given, "query_offset": None, "key_offset": 0 if first else None, "backend": "torch"}
+    expected = row_mass(gather_rows(q, rows, first), k, groups, 2, **copied)
+    weight, do = torch.randn_like(expected), torch.randn(batch, 4, n_q, 16, device=device)
+    want = torch.autograd.grad((expected * weight).sum(), (q, k))
+    mass = row_mass(q, k, groups, 2, all_queries=True, **given)
+    torch.testing.assert_close(mass, expected, atol=1e-6, rtol=1e-5)
+    for one, other in zip(torch.autograd.grad((mass * weight).sum(), (q, k)), want, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+    out, mass = mass_attention(q, k, v, groups, 2, **given)
+    plain = attention(q, k, v, backend="torch", **keywords)
+    torch.testing.assert_close(out, plain, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mass, expected, atol=1e-6, rtol=1e-5)
+    got = torch.autograd.grad((mass * weight).sum() + (out * do).sum(), (q, k, v), retain_graph=True)
+    alone = torch.autograd.grad((plain * do).sum(), (q, k, v))
+    for one, other, more in zip(got, alone, (*want, 0), strict=True):
+        torch.testing.assert_close(one, other + more, atol=1e-5, rtol=1e-4)
+    for one, other in zip(torch.autograd.grad((mass * weight).sum(), (q, k)), want, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
 class _Launches(TorchDispatchMode):
     """PyTorch operators that would launch a kernel on a GPU."""
 
@@ -92,7 +140,7 @@ class _Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("n_k", "launches"), [(60, 2), (300, 4)])
+@pytest.mark.parametrize(("n_k", "launches"), [(60, 2), (600, 4)])
 def test_few_launches(n_k, launches, device, monkeypatch):
     """One kernel each way for a single split, two for several; nothing else, whatever integers come in."""
     from abft_kernels.call import Call

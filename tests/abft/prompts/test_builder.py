@@ -421,7 +421,6 @@ def test_collated_rows_hold_their_prompts_on_either_side(prompts, side):
         start = width - prompt.length if side == "left" else 0
         own = slice(start, start + prompt.length)
         assert batch["input_ids"][row, own].tolist() == list(prompt.input_ids)
-        assert batch["position_ids"][row, own].tolist() == list(range(prompt.length))
         groups = {
             start + p: 0 if label == prompt.query_label else 1
             for p, label in zip(prompt.label_positions, prompt.demonstration_labels, strict=True)
@@ -430,10 +429,14 @@ def test_collated_rows_hold_their_prompts_on_either_side(prompts, side):
         assert batch["query_positions"][row].item() == start + prompt.length - 1
         outside = torch.ones(width, dtype=torch.bool)
         outside[own] = False
+        assert (batch["input_ids"][row][outside] == 3).all()
+        if len({p.length for p in prompts}) == 1:
+            assert not {"seq_lens", "seq_starts", "position_ids"} & batch.keys()
+            continue
+        assert batch["position_ids"][row, own].tolist() == list(range(prompt.length))
+        assert (batch["position_ids"][row][outside] == 0).all()
         assert batch["seq_lens"][row] == prompt.length
         assert batch["seq_starts"][row] == start if side == "left" else "seq_starts" not in batch
-        assert (batch["input_ids"][row][outside] == 3).all()
-        assert (batch["position_ids"][row][outside] == 0).all()
 
 
 def test_padding_token_falls_back_to_eos_and_zero():
