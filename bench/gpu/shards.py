@@ -22,7 +22,7 @@ class Shard(NamedTuple):
     parts: int = 1
     covers: tuple[str, ...] = ()
     keyword: str = ""  # pytest's -k
-    seconds: float = 120.0
+    seconds: float = 140.0
 
     @property
     def name(self) -> str:
@@ -36,8 +36,8 @@ def _split(file: str, parts: int, covers: tuple[str, ...] = (), keyword: str = "
 
 
 SHARDS = (
-    *_split("test_mass_attention.py", 6, ("kernels", "memory", "flex", "training")),
-    *_split("test_row_mass.py", 5, ("rows", "training", "precision")),
+    *_split("test_mass_attention.py", 8, ("kernels", "memory", "flex", "training")),
+    *_split("test_row_mass.py", 6, ("rows", "training", "precision")),
     *_split("test_features.py", 1, ("training",), _PACKED),
     *_split("test_saturation.py", 1, ("precision",)),
     *_split("test_robustness.py", 2),
