@@ -25,7 +25,7 @@ _CONTEXT = get_context("spawn")  # a forked process cannot use CUDA
 
 
 def ordered(tasks: Sequence[Warm]) -> list[Warm]:
-    """Return each distinct task once: first those that compile most, the first of every family, the longest first."""
+    """Return each distinct task once: the first of every family before the others, longer ones first."""
     distinct: dict[Any, Warm] = {}
     for task in tasks:
         distinct.setdefault((task.family, task.variant), task)

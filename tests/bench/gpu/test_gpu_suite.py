@@ -29,7 +29,7 @@ def dry_run(tmp_path_factory):
     """Return the file of a dry run: every suite in tiny shapes, kernels interpreted."""
     folder = tmp_path_factory.mktemp("gpu")
     done = subprocess.run(
-        [sys.executable, "-m", "bench", "--gpu", "--dry-run", "--budget", "1000", "--out", str(folder)],
+        [sys.executable, "-m", "bench", "--gpu", "--dry-run", "--budget", "4000", "--out", str(folder)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
