@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from bench.gpu.budget import BUDGETS, SUITES
+
 CASES = {
     "memory": "bench.cases.memory",
     "training": "bench.cases.training_step",
@@ -18,17 +20,21 @@ CASES = {
     "precision": "bench.cases.precision",
     "aot": "bench.compile.aot",
 }
-GPU_SUITES = ("correctness", "kernels", "rows", "memory", "training", "flex", "precision")
 
 
 def _gpu(options: argparse.Namespace) -> int:
-    """Run the GPU suites, print the targets and whether the file may be published; return the exit code."""
+    """Run the GPU suites; print the targets, whether the file may be published, and last a table of the suites."""
     from bench.gpu.collect import collect
-    from bench.verify import problems
+    from bench.gpu.summary import print_summary
+    from bench.verify import problems, refused
 
     try:
         path = collect(
-            options.out, budget=options.budget, only=options.only, dry_run=options.dry_run, sanitize=options.sanitize
+            options.out,
+            budget=options.budget,
+            only=options.only,
+            dry_run=options.dry_run,
+            sanitize=options.sanitize_budget if options.sanitize else None,
         )
     except RuntimeError as error:
         print(error, file=sys.stderr)
@@ -39,7 +45,9 @@ def _gpu(options: argparse.Namespace) -> int:
 
         print_verdicts(result)
     found = problems(result, allow_dirty=True)
-    print(*found[:10], f"wrote {path}: {'not to be published' if found else 'verified'}", sep="\n")
+    without = "" if found else "".join(f", without {name}" for name in refused(result))
+    print(*found[:10], f"wrote {path}: {'not to be published' if found else 'verified'}{without}", sep="\n")
+    print_summary(result)
     return 0
 
 
@@ -49,13 +57,15 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="cases to run; none lists them")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     parser.add_argument("--gpu", action="store_true", help="run every suite on this GPU into gpu.json")
-    parser.add_argument("--budget", type=float, default=500.0, help="seconds that --gpu may take, about")
-    parser.add_argument("--only", type=lambda text: text.split(","), help=f"suites of --gpu: {', '.join(GPU_SUITES)}")
-    parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer over kernel tests too")
+    seconds = f"seconds of the suites of --gpu and what they compile; without --only {sum(BUDGETS.values()):.0f}"
+    parser.add_argument("--budget", type=float, help=seconds)
+    parser.add_argument("--only", type=lambda text: text.split(","), help=f"suites of --gpu: {', '.join(SUITES)}")
+    parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer over kernel tests afterwards")
+    parser.add_argument("--sanitize-budget", type=float, default=300.0, help="seconds of --sanitize, in all")
     parser.add_argument("--dry-run", action="store_true", help="run --gpu on the CPU in tiny shapes: no result")
     options = parser.parse_args(arguments)
-    if unknown := [suite for suite in options.only or () if suite not in GPU_SUITES]:
-        parser.error(f"no suite {', '.join(unknown)}; there are {', '.join(GPU_SUITES)}")
+    if unknown := [suite for suite in options.only or () if suite not in SUITES]:
+        parser.error(f"no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
     if unknown := [case for case in options.cases if case not in CASES]:
         parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}, and --gpu")
     return options
@@ -72,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path in CASES.values():
             module = importlib.import_module(path)
             print(f"{module.name:10} {module.description}")
-        print(f"{'--gpu':10} one GPU: {', '.join(GPU_SUITES)}; --sanitize adds compute-sanitizer")
+        print(f"{'--gpu':10} one GPU: {', '.join(SUITES)}; --sanitize adds compute-sanitizer")
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from abft.files import save_figure
 from bench.gpu.goals import print_verdicts
 from bench.result_file import read_result, result_parser
-from bench.verify import problems
+from bench.verify import accepted, problems
 
 __all__ = ["draw", "draw_training", "main"]
 
@@ -125,7 +125,7 @@ def draw_training(result: dict[str, Any], out_dir: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw the result; return 1 if `bench.verify` refuses it."""
+    """Draw the suites that `bench.verify` accepts; return 1 if it refuses the whole file."""
     parser = result_parser("bench.plot", __doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/figures"), help="folder of the pictures")
     options, result = read_result(parser, arguments)
@@ -135,6 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     if found := problems(result, options.allow_dirty):
         print(*found, f"{options.result}: refused", sep="\n")
         return 1
+    result = accepted(result)
     for path in draw(result, options.out):
         print(f"wrote {path}")
     print_verdicts(result)

@@ -17,8 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import abft_kernels
 
-__all__ = ["FLEX", "FUSED", "OURS", "ROWS", "Attention", "Flex"]
+__all__ = ["COMPILED_ROW", "EAGER", "FLEX", "FUSED", "OURS", "ROWS", "Attention", "Flex", "eager_bytes"]
 
+EAGER = "eager"
+COMPILED_ROW = "PyTorch, compiled"
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, ...]]
 
 
@@ -40,6 +42,15 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> 
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1, dtype=torch.float32).to(q.dtype)
     return weights @ _expanded(v, q.shape[1]), weights @ _indicator(groups, num_groups, q.dtype)[:, None]
+
+
+def eager_bytes(batch: int, heads: int, n: int, element_size: int) -> int:
+    """Return the bytes of the N × N tensors that `_eager` holds at once, forward and backward.
+
+    Kept for backward: the probabilities in float32 and rounded. On top of them comes their gradient in both types.
+    The causal mask has a byte for each pair, once.
+    """
+    return batch * heads * n * n * 2 * (4 + element_size) + n * n
 
 
 def _indicator(groups: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
@@ -89,61 +100,81 @@ def _causal(b: Any, h: Any, row: Any, key: Any) -> Any:
 
 
 class Flex:
-    """FlexAttention, compiled for each shape that it meets; the causal block mask of a length is made once."""
+    """FlexAttention, compiled for the shapes of one call; not compiled on a CPU, where it has no backward pass."""
 
-    def __init__(self) -> None:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    def __init__(self, compiled: bool = True) -> None:
+        from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
         self.create = create_block_mask
-        self.attention = torch.compile(flex_attention, dynamic=False)
-        self.masks: dict[int, Any] = {}
+        self._lse = AuxRequest(lse=True)
+        self._attention = compiled_alone(flex_attention) if compiled else flex_attention
 
-    def mask(self, q: Tensor) -> Any:
-        n = q.shape[2]
-        if n not in self.masks:
-            self.masks[n] = self.create(_causal, None, None, n, n, device=q.device)
-        return self.masks[n]
+    def out(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        """Return the output."""
+        return self._attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    def out_and_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+        """Return the output and the LSE."""
+        grouped = q.shape[1] != k.shape[1]
+        out, more = self._attention(q, k, v, block_mask=mask, enable_gqa=grouped, return_aux=self._lse)
+        return out, more.lse
 
 
-def flex_columns(flex: Flex) -> Attention:
-    """Return attention with an indicator column of V for each group, padded to a width that the kernel takes."""
+def compiled_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function compiled for exact shapes, without those compiled before.
+
+    PyTorch runs a function uncompiled from its ninth shape on.
+    """
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def flex_columns(flex: Flex, q: Tensor, groups: Tensor, num_groups: int) -> Attention:
+    """Return attention with an indicator column of V for each group, padded to a width that the kernel takes.
+
+    The block mask is made here, once.
+    """
+    mask = flex.create(_causal, None, None, q.shape[2], q.shape[2], device=q.device)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
         columns = _indicator(groups, num_groups, v.dtype)[:, None].expand(-1, v.shape[1], -1, -1)
         width = 1 << (v.shape[-1] + num_groups - 1).bit_length()
         wide = F.pad(torch.cat([v, columns], -1), (0, width - v.shape[-1] - num_groups))
-        out = flex.attention(q, k, wide, block_mask=flex.mask(q), enable_gqa=q.shape[1] != k.shape[1])
+        out = flex.out(q, k, wide, mask)
         return out[..., : v.shape[-1]], out[..., v.shape[-1] : v.shape[-1] + num_groups]
 
     return attention
 
 
-def flex_second_lse(flex: Flex) -> Attention:
-    """Return attention with masses exp(LSE_g − LSE), from a second attention over the keys of each group."""
-    masks: dict[Any, Any] = {}
+def flex_second_lse(flex: Flex, q: Tensor, groups: Tensor, num_groups: int) -> Attention:
+    """Return attention with masses exp(LSE_g − LSE), from a second attention over the keys of each group.
+
+    The keys of each group are found here, once, as their number has to be read back; so are the block masks made.
+    """
+    batch, n = groups.shape
+    causal = flex.create(_causal, None, None, n, n, device=q.device)
+    chosen = []
+    for g in range(num_groups):
+        kept = (groups == g).nonzero()[:, 1].view(batch, -1)  # as many in every sample
+
+        def visible(b: Any, h: Any, row: Any, key: Any, kept: Tensor = kept) -> Any:
+            return row >= kept[b, key]
+
+        mask = flex.create(visible, batch, None, n, kept.shape[1], device=q.device)
+        chosen.append((kept[:, None, :, None], mask))
 
     def attention(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
-        grouped = q.shape[1] != k.shape[1]
-        out, lse = flex.attention(q, k, v, block_mask=flex.mask(q), enable_gqa=grouped, return_lse=True)
+        out, lse = flex.out_and_lse(q, k, v, causal)
         masses = []
-        for g in range(num_groups):
-            kept = (groups == g).nonzero()[:, 1].view(groups.shape[0], -1)  # as many in every sample
-            chosen = [x.gather(2, kept[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v)]
-
-            def visible(b: Any, h: Any, row: Any, key: Any, kept: Tensor = kept) -> Any:
-                return row >= kept[b, key]
-
-            if (q.shape, g) not in masks:
-                masks[q.shape, g] = flex.create(visible, len(q), None, q.shape[2], kept.shape[1], device=q.device)
-            mask = masks[q.shape, g]
-            of_group = flex.attention(q, *chosen, block_mask=mask, enable_gqa=grouped, return_lse=True)[1]
-            masses.append(torch.exp(of_group - lse))
+        for kept, mask in chosen:
+            keys, values = (x.gather(2, kept.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
+            masses.append(torch.exp(flex.out_and_lse(q, keys, values, mask)[1] - lse))
         return out, torch.stack(masses, -1)
 
     return attention
 
 
-OURS: dict[str, Attention] = {"abft": _ours, "abft, no mass": _ours_without_mass}
+OURS: dict[str, Attention] = {"abft, sparse": _ours, "abft, dense": _ours, "abft, no mass": _ours_without_mass}
 
 # name -> function, and the longest sequence that it is tried at.
 FUSED: dict[str, tuple[Attention, int]] = {
@@ -151,11 +182,12 @@ FUSED: dict[str, tuple[Attention, int]] = {
     "SDPA cuDNN": (_sdpa(SDPBackend.CUDNN_ATTENTION), 1 << 20),
     "SDPA efficient": (_sdpa(SDPBackend.EFFICIENT_ATTENTION), 1 << 15),
     "SDPA flash + PyTorch row": (_flash_and_row, 1 << 20),
-    "eager": (_eager, 1 << 15),
+    EAGER: (_eager, 1 << 20),
     "flash-attn 2": (_flash_attn, 1 << 20),
     "flash-attn 3": (_flash_attn_3, 1 << 20),
 }
-FLEX: dict[str, Callable[[Flex], Attention]] = {
+# Each is built for the shape of q and the groups, before anything is timed.
+FLEX: dict[str, Callable[[Flex, Tensor, Tensor, int], Attention]] = {
     "FlexAttention, V columns": flex_columns,
     "FlexAttention, second LSE": flex_second_lse,
 }
@@ -163,5 +195,5 @@ FLEX: dict[str, Callable[[Flex], Attention]] = {
 
 ROWS: dict[str, Callable[[], Callable[..., Tensor]]] = {
     "PyTorch": lambda: recomputed_row,
-    "PyTorch, compiled": lambda: torch.compile(recomputed_row, dynamic=False),
+    COMPILED_ROW: lambda: compiled_alone(recomputed_row),
 }

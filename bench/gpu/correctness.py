@@ -1,58 +1,98 @@
-"""The correctness suite: the kernel tests on the card, and results at timed shapes against float64."""
+"""The correctness suite: results at timed shapes against float64, and the kernel tests on the card, in shards."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import abft_kernels
-from bench.gpu.setting import ROOT, Row, Setting, groups_of, inputs, tried
+from bench.gpu.calls import Call, run_calls
+from bench.gpu.kernels import fused_warm
+from bench.gpu.setting import ROOT, Row, Setting, groups_of, inputs, shape
+from bench.gpu.shards import KERNEL_TESTS, SHARDS, TINY_SHARDS, Shard
 from bench.gpu.timing import relative_error
 
-__all__ = ["KERNEL_TESTS", "correctness"]
+__all__ = ["correctness", "correctness_calls", "run_shard", "run_shards"]
 
-KERNEL_TESTS = "tests/abft_kernels"
+# A process of tests needs some seconds to start.
+_SHORTEST_SHARD = 15.0
+_MOST_FAILURES = 3  # the shard has failed; more of them cost time
 
 
-def run_kernel_tests(setting: Setting, workers: int) -> Row:
-    """Run the kernel tests, compiled on the card (interpreted in a dry run, and few of them).
+def _command(shard: Shard, outcomes: Path) -> list[str]:
+    """Return the command of a shard, compiled on the card (interpreted in a dry run); few drawn cases.
 
-    The compiler takes most of the time, and each drawn case calls it several times: few cases are drawn.
+    The compiler takes most of the time, and each drawn case calls it several times.
     """
-    which = f"{KERNEL_TESTS}/test_validation.py" if setting.tiny else KERNEL_TESTS
-    command = [sys.executable, "-m", "pytest", "-q", "-x" if setting.tiny else "--maxfail=50", which]
-    command += ["--deselect", f"{KERNEL_TESTS}/test_aot.py", "--hypothesis-profile", "few"]
-    if workers > 1:
-        command += ["-n", str(workers), "--dist", "worksteal"]
-    limit = max(30.0, setting.budget.left() - 20 if setting.alone else min(300.0, setting.budget.left() - 60))
+    command = [sys.executable, "-m", "pytest", "-q", f"--maxfail={_MOST_FAILURES}", "--hypothesis-profile", "few"]
+    command += ["-p", "no:cacheprovider", "-p", "bench.gpu.nth_test", "--nth", f"{shard.part}/{shard.parts}"]
+    command += ["--outcomes", str(outcomes), f"{KERNEL_TESTS}/{shard.file}"]
+    return [*command, "-k", shard.keyword] if shard.keyword else command
+
+
+def _run_until(command: Sequence[str], limit: float) -> tuple[int | None, str]:
+    """Return exit code and output; after `limit` seconds kill the process and its children, and return None."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, process.communicate()[0]
+
+
+def run_shard(shard: Shard, left: float) -> Row:
+    """Return the row of a shard: its status is passed, failed, timeout, or not run.
+
+    A test that failed before the time was out, and a process that crashed, are failures. `left` is the time that the
+    suite has; the shard's own limit holds too.
+    """
+    row: Row = {"check": "tests", "shard": shard.name, "covers": list(shard.covers)}
+    limit = min(shard.seconds, left)
+    if limit < _SHORTEST_SHARD:
+        return {**row, "status": "not run", "reason": "out of time"}
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
-        command.append(f"--junitxml={report}")
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
-        except subprocess.TimeoutExpired:
-            return {"check": "pytest", "ok": False, "reason": f"not done after {limit:.0f} s"}
-        if not report.exists():
-            return {"check": "pytest", "ok": False, "reason": done.stdout[-500:] + done.stderr[-500:]}
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-    if suite is None:
-        return {"check": "pytest", "ok": False, "reason": "pytest's report holds no test suite"}
-    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    failed = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    ok = counts["tests"] > 0 and not counts["failures"] and not counts["errors"]
-    return {"check": "pytest", "ok": ok, **counts, "failed": failed[:50]}
+        path = Path(folder) / "outcomes"
+        code, output = _run_until(_command(shard, path), limit)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # A killed process may leave half a line.
+    outcomes = [json.loads(line) for line in lines if line.endswith('"]')]
+    failed = [name for name, outcome in outcomes if outcome == "failed"]
+    row["seconds"] = time.monotonic() - start
+    row |= {key: sum(outcome == key for _, outcome in outcomes) for key in ("passed", "skipped")}
+    if failed:
+        return {**row, "status": "failed", "failed": failed}
+    if code is None:
+        return {**row, "status": "timeout", "reason": f"not done after {limit:.0f} s"}
+    if code:
+        return {**row, "status": "failed", "failed": [], "output": output[-500:]}
+    if not row["passed"]:
+        return {**row, "status": "not run", "reason": "every test was skipped"}
+    return {**row, "status": "passed"}
+
+
+def run_shards(setting: Setting, shards: Sequence[Shard], workers: int) -> Iterator[Row]:
+    """Yield the row of each shard as it ends, so many at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        rows = [pool.submit(lambda s=shard: run_shard(s, setting.budget.left())) for shard in shards]
+        for row in as_completed(rows):
+            yield row.result()
 
 
 def _exactness(setting: Setting, n: int, head_dim: int, dense: bool) -> Row:
@@ -60,11 +100,10 @@ def _exactness(setting: Setting, n: int, head_dim: int, dense: bool) -> Row:
 
     Bound: twice the error of PyTorch's own attention in the same precision, and at least one rounding of the inputs.
     """
-    q, k, v = (x[:1, : 5 if i == 0 else 1] for i, x in enumerate(inputs(setting, n, head_dim, True)))
-    if setting.tiny:
-        q = q[:, :2]
+    sizes = shape(setting, n, True) if setting.tiny else (1, 5, 1)
+    q, k, v = inputs(setting, sizes, n, head_dim)
     groups = groups_of(q, dense)
-    generator = torch.Generator(device=setting.device).manual_seed(1)
+    generator = setting.generator(1)
     incoming = [
         torch.randn(q.shape, device=q.device, dtype=setting.dtype, generator=generator),
         torch.randn((*q.shape[:3], 2), device=q.device, generator=generator),
@@ -92,11 +131,22 @@ def _exactness(setting: Setting, n: int, head_dim: int, dense: bool) -> Row:
     }
 
 
-def correctness(setting: Setting) -> Iterator[Row]:
-    """Yield a row for each comparison with float64, and one for the kernel tests."""
+def correctness_calls(setting: Setting) -> Iterator[Call]:
+    """Yield the comparisons with float64."""
     n = 48 if setting.tiny else 4096
     for head_dim in (64, 128):
         for dense in (False, True):
-            row = tried(lambda d=head_dim, dense=dense: _exactness(setting, n, d, dense))
-            yield {"check": "float64", "n": n, "head_dim": head_dim, "ok": False, **row}
-    yield run_kernel_tests(setting, 1 if setting.tiny else os.cpu_count() or 1)
+            yield Call(
+                {"check": "float64", "n": n, "head_dim": head_dim, "ok": False},
+                kind="float64",
+                work=head_dim,
+                measured=partial(_exactness, n=n, head_dim=head_dim, dense=dense),
+                warm=fused_warm("abft, sparse", n, head_dim, True),
+            )
+
+
+def correctness(setting: Setting) -> Iterator[Row]:
+    """Yield a row for each comparison with float64, and one for each shard of the kernel tests."""
+    yield from run_calls(setting, correctness_calls(setting))
+    shards = TINY_SHARDS if setting.tiny else SHARDS
+    yield from run_shards(setting, shards, 1 if setting.tiny else os.cpu_count() or 1)

@@ -1,10 +1,16 @@
-"""The targets of the kernels on an H100, and what a result says about each: target, measured, met or not."""
+"""The targets of the kernels, and what a result says about each: target, measured, met or not.
+
+Speeds are held against this project's own targets, against competitors in the same run, and against what others have
+published for the same card.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+from bench.gpu.published import Published, published_for
 
 __all__ = ["Verdict", "exponent", "print_verdicts", "verdicts"]
 
@@ -47,6 +53,27 @@ def _rate(result: dict[str, Any], key: str, bound: float) -> Verdict:
     ]
     target = f"fused {key.split('_')[0]}, head_dim 128, n ≥ 4k: ≥ {bound:.0f} TFLOP/s"
     return _at_least(target, points, bound, " TFLOP/s")
+
+
+def _ratio(result: dict[str, Any], column: Published) -> Verdict:
+    """Compare our rate with a published one at every length that both have."""
+    points = [
+        (row[f"{column.way}_tflops"] / column.tflops[row["n"]], row["n"])
+        for row in _rows(result, "kernels")
+        if row["name"] == "abft, sparse" and row["head_dim"] == 128 and row["n"] in column.tflops
+    ]
+    target = f"fused {column.way}, head_dim 128: ≥ {column.source} as published for {column.card} ({column.column})"
+    return _at_least(target, points, 1.0, "×")
+
+
+def _published(result: dict[str, Any]) -> Iterator[Verdict]:
+    name = result.get("provenance", {}).get("gpu", {}).get("name") or "no GPU"
+    columns = published_for(name)
+    if not columns:
+        none = f"no published figure for this card: {name}"
+        yield Verdict("fused, head_dim 128: as fast as published kernels", none, None)
+    for column in columns:
+        yield _ratio(result, column)
 
 
 def _against(result: dict[str, Any], suite: str, rival: str) -> Verdict:
@@ -148,6 +175,7 @@ def verdicts(result: dict[str, Any]) -> list[Verdict]:
     return [
         _rate(result, "forward_tflops", 450),
         _rate(result, "backward_tflops", 350),
+        *_published(result),
         _against(result, "kernels", "SDPA flash"),
         _against(result, "kernels", "SDPA cuDNN"),
         _against(result, "flex", "FlexAttention, V columns"),

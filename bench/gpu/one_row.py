@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,17 +11,25 @@ from torch import Tensor
 
 import abft_kernels
 from bench.gpu import competitors
-from bench.gpu.setting import Row, Setting, groups_of, tried
-from bench.gpu.timing import measure
+from bench.gpu.calls import Call, Warm, run_calls
+from bench.gpu.setting import Row, Setting, groups_of
+from bench.gpu.timing import captured, measure
 
-__all__ = ["rows"]
+__all__ = ["row_calls", "rows"]
+
+_OURS = "abft"
+
+
+def _sizes(setting: Setting, n: int) -> tuple[int, int, int, int]:
+    """Return batch, heads, KV heads and head_dim: about 128k keys."""
+    return (2, 4, 2, 16) if setting.tiny else (max(1, (1 << 17) // n), 40, 8, 128)
 
 
 def _inputs(setting: Setting, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return q of one row, k, key groups and the row's position."""
-    heads, kv_heads, head_dim = (4, 2, 16) if setting.tiny else (40, 8, 128)
-    batch = 2 if setting.tiny else max(1, (1 << 17) // n)
-    q, k = setting.random(batch, heads, 1, head_dim), setting.random(batch, kv_heads, n, head_dim)
+    batch, heads, kv_heads, head_dim = _sizes(setting, n)
+    generator = setting.generator()
+    q, k = (setting.random(generator, batch, h, length, head_dim) for h, length in ((heads, 1), (kv_heads, n)))
     last = torch.full((batch, 1), n - 1, dtype=torch.int32, device=setting.device)
     return q, k, groups_of(k, dense=False), last
 
@@ -44,21 +53,20 @@ def _graph_equals_eager(function: Callable[[], Any], device: torch.device) -> bo
     if device.type != "cuda":
         return None
     expected = function()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = function()
+    try:
+        graph, results = captured(function, device)
+    except RuntimeError:
+        return False
     graph.replay()
     torch.cuda.synchronize()
-    return all(torch.equal(x, y) for x, y in zip(expected, captured, strict=True))
+    return all(torch.equal(x, y) for x, y in zip(expected, results, strict=True))
 
 
-def _measured(setting: Setting, mass_of: Callable[..., Tensor], inputs: tuple[Tensor, ...], ours: bool) -> Row:
-    q, k, groups, last = inputs
+def _calls_of(setting: Setting, name: str, n: int) -> tuple[Callable[[], Tensor], Callable[[], Any], Tensor]:
+    """Return the functions of the mass, and of the mass and its gradients; and the keys."""
+    q, k, groups, last = _inputs(setting, n)
+    ours = name == _OURS
+    mass_of = abft_kernels.row_mass if ours else competitors.ROWS[name]()
     extra = {"row_positions": last, "backend": "triton"} if ours else {}
 
     def mass() -> Tensor:
@@ -68,6 +76,18 @@ def _measured(setting: Setting, mass_of: Callable[..., Tensor], inputs: tuple[Te
         result = mass()
         return torch.autograd.grad(result, [q, k], torch.ones_like(result))
 
+    return mass, both, k
+
+
+def _compile(setting: Setting, name: str, n: int) -> None:
+    mass, both, _ = _calls_of(setting, name, n)
+    with torch.no_grad():
+        mass()
+    both()
+
+
+def _measured(setting: Setting, name: str, n: int) -> Row:
+    mass, both, k = _calls_of(setting, name, n)
     with torch.no_grad():
         forward = measure(mass, setting.device)
     key_bytes = k.numel() * k.element_size()
@@ -77,21 +97,34 @@ def _measured(setting: Setting, mass_of: Callable[..., Tensor], inputs: tuple[Te
         "key_bytes": key_bytes,
         "forward_gb_per_s": key_bytes / forward["median"] / 1e6,
     }
-    if ours:
+    if name == _OURS:
         row["launches"] = _launches(both, setting.device)
         row["graph_equals_eager"] = _graph_equals_eager(both, setting.device)
     return row
 
 
-def rows(setting: Setting) -> Iterator[Row]:
-    """Yield a row for each length and way to the mass."""
+def _warm(name: str, n: int) -> Warm | None:
+    """Return the run that compiles a way to the mass; exact shapes, which decide how the keys are split."""
+    run = partial(_compile, name=name, n=n)
+    if name == _OURS:
+        return Warm(("rows",), n, run, 15)
+    return Warm(("compiled row", n), 0, run, 10) if name == competitors.COMPILED_ROW else None
+
+
+def row_calls(setting: Setting) -> Iterator[Call]:
+    """Yield a call for each length and way to the mass."""
     for n in [32] if setting.tiny else [1 << e for e in range(10, 18)]:
-        inputs = _inputs(setting, n)
-        about = {"n": n, "batch": inputs[0].shape[0], "heads": inputs[0].shape[1], "kv_heads": inputs[1].shape[1]}
-        named = {"abft": lambda: abft_kernels.row_mass, **competitors.ROWS}
-        for name, build in named.items():
-            if setting.budget.left() < 20:
-                yield {**about, "name": name, "reason": "out of time"}
-                continue
-            work = tried(lambda b=build, name=name, x=inputs: _measured(setting, b(), x, name == "abft"))
-            yield {**about, "name": name, **work}
+        batch, heads, kv_heads, _ = _sizes(setting, n)
+        for name in (_OURS, *competitors.ROWS):
+            yield Call(
+                {"n": n, "batch": batch, "heads": heads, "kv_heads": kv_heads, "name": name},
+                kind=name,
+                work=batch * n,
+                measured=partial(_measured, name=name, n=n),
+                warm=_warm(name, n),
+            )
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Yield times of every way to the mass of one row."""
+    yield from run_calls(setting, row_calls(setting))

@@ -1,4 +1,4 @@
-"""A run of the GPU suites, and the inputs, lengths and failures that every suite shares.
+"""A run of the GPU suites, and the inputs and failures that every suite shares.
 
 A suite yields rows (dicts); a row that could not be measured has a `reason` in place of figures.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.compared_steps import label_groups
-from bench.gpu.timing import Budget
+from bench.gpu.budget import Budget
 
 __all__ = ["ROOT", "Row", "Setting", "groups_of", "inputs", "shape", "tried"]
 
@@ -27,16 +27,19 @@ class Setting(NamedTuple):
     device: torch.device
     budget: Budget
     tiny: bool  # shapes for the interpreter: the code runs, nothing is measured
-    alone: bool = False  # one suite, which may have all the time
+    planned: Callable[..., float | None] | None = None  # bytes that `abft plan` counts for a step, where it has
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32 if self.tiny else torch.bfloat16
 
-    def random(self, *size: int, generator: torch.Generator | None = None) -> Tensor:
+    def generator(self, seed: int = 0) -> torch.Generator:
+        """Return a generator of its own: a failed graph capture may leave the default one unusable."""
+        return torch.Generator(device=self.device).manual_seed(seed)
+
+    def random(self, generator: torch.Generator, *size: int) -> Tensor:
         """Return normal values on the device, which need a gradient."""
-        values = torch.randn(*size, device=self.device, dtype=self.dtype, generator=generator)
-        return values.requires_grad_()
+        return torch.randn(*size, device=self.device, dtype=self.dtype, generator=generator).requires_grad_()
 
 
 def shape(setting: Setting, n: int, grouped: bool) -> tuple[int, int, int]:
@@ -48,11 +51,11 @@ def shape(setting: Setting, n: int, grouped: bool) -> tuple[int, int, int]:
     return batch, heads, heads // 5 if grouped else heads
 
 
-def inputs(setting: Setting, n: int, head_dim: int, grouped: bool, seed: int = 0) -> list[Tensor]:
-    """Return random q, k and v."""
-    batch, heads, kv_heads = shape(setting, n, grouped)
-    generator = torch.Generator(device=setting.device).manual_seed(seed)
-    return [setting.random(batch, h, n, head_dim, generator=generator) for h in (heads, kv_heads, kv_heads)]
+def inputs(setting: Setting, sizes: tuple[int, int, int], n: int, head_dim: int) -> list[Tensor]:
+    """Return random q, k and v of `sizes` (batch, heads, KV heads)."""
+    batch, heads, kv_heads = sizes
+    generator = setting.generator()
+    return [setting.random(generator, batch, h, n, head_dim) for h in (heads, kv_heads, kv_heads)]
 
 
 def groups_of(x: Tensor, dense: bool) -> Tensor:
