@@ -175,7 +175,7 @@ def label_tiles(labels, at, keys, n_k, F: tl.constexpr):
     """Return the tiles of the list that one of the `label_programs` owns: the first, the end, and the step."""
     start = 0
     end = n_k
-    if F.packed:  # from `n_k` on, the program has no sequence
+    if F.packed:  # after its sequence, a program owns none
         start = keys.start
         end = tl.where(at.start < keys.end, keys.end, start)
     first = tl.load(labels.blocks + start // TILE)
