@@ -1,4 +1,5 @@
 """Fused backward, without atomics: one kernel owns blocks of keys (dK, dV, dw), another blocks of rows (dQ).
+With `deterministic=False` the first adds up dQ too, by float32 atomics, and is the only one.
 The first works on transposed scores, so that P and dS meet dO and Q as they stand in registers.
 
     P_ij  = 2^(s_ij − lse_i·log2 e)
