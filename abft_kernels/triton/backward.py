@@ -294,9 +294,9 @@ def _mass_attn_bwd_kv_kernel(
             keys, _ = keys_and_queries(sequences, at.sequence, shape, F)
             first, end, step = label_tiles(sample_labels(labels, at.b, n_k, 1, F), at, keys, n_k, F)
             for entry in range(first, end, step):
-                at = Place(at.b, at.h, at.bh, at.sequence, entry)
+                tile = Place(at.b, at.h, at.bh, at.sequence, entry)
                 _key_tile(
-                    at, q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, seed_low, seed_high,
+                    tile, q, k, v, do, labels, statistics, dk, dv, dw, scale, scores, dropout, seed_low, seed_high,
                     sequences, shape, L,
                 )  # fmt: skip
             return
