@@ -278,9 +278,9 @@ def _mass_attn_bwd_kv_kernel(
             keys, _ = keys_and_queries(sequences, at.sequence, shape, F)
             first, end, step = label_tiles(sample_labels(labels, at.b, n_k, 1, F), at, keys, n_k, F)
             for entry in range(first, end, step):
-                at = Place(at.b, at.h, at.bh, at.sequence, entry, keys.end)
+                tile = Place(at.b, at.h, at.bh, at.sequence, entry, keys.end)
                 _key_tile(
-                    at, q, k, v, do, labels, statistics, dq, dk, dv, dw, scale, scores, dropout, sequences, shape, L
+                    tile, q, k, v, do, labels, statistics, dq, dk, dv, dw, scale, scores, dropout, sequences, shape, L
                 )
             return
     # Causal: the first keys have the most rows, and their tiles come first.

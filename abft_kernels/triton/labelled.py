@@ -8,7 +8,7 @@ them, gathered in tiles of `TILE` keys with the float32 formula of all labels:
     dK, dV    the owners of blocks of keys store no labelled key; further programs own the labelled ones
 
 No dS is rounded in two parts: in a saturated row the part of dP − δ and that of dmass cancel. The scores are computed
-alike in the loop and in the last tiles, so 2^(s − m) of a key is the same in mass and in l but for the order of sums.
+alike in the loop and in the last tiles: 2^(s − m) of a key in mass and in l differ by float32 rounding at most.
 
 The index of a sample is the sorted list of its labelled keys, and how many of them stand before each block of `TILE`
 keys: the bounds, in the list, of any range of keys. The host never reads how many there are.
@@ -21,31 +21,30 @@ from torch import Tensor
 
 from abft_kernels.call import Call
 from abft_kernels.triton.common import UNSPECIALIZED, load_tile
-from abft_kernels.triton.labels import TILE, add_masses, counts_of, is_labelled, load_groups
+from abft_kernels.triton.labels import INDEXED, TILE, add_masses, counts_of, is_labelled, load_groups
 from abft_kernels.triton.launch import SMALL
 from abft_kernels.triton.masks import seen_keys
 from abft_kernels.triton.softmax import base2_scores
 from abft_kernels.triton.structs import Features, Labels, Rows
 
-_INDEXED = tl.constexpr(1024)  # keys of a program of the index
 # Keys for each program that owns labelled ones: there are enough programs where one key in 32 is labelled.
 STRETCH = tl.constexpr(512)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def label_index_kernel(groups, positions, before, n_k, num_tiles, F: tl.constexpr):
-    """Write the index of one sample, for `_INDEXED` keys."""
+    """Write the index of one sample, for `INDEXED` keys."""
     b = (tl.program_id(0) // num_tiles).to(tl.int64)
     tile = tl.program_id(0) % num_tiles
     keys = groups + b * n_k
     listed = positions + b * (n_k + TILE)
     before += b * counts_of(n_k)
-    offs = tl.arange(0, _INDEXED)
-    earlier = tl.zeros([_INDEXED], dtype=tl.int32)
-    for start in range(0, tile * _INDEXED, _INDEXED):
+    offs = tl.arange(0, INDEXED)
+    earlier = tl.zeros([INDEXED], dtype=tl.int32)
+    for start in range(0, tile * INDEXED, INDEXED):
         group = tl.load(keys + start + offs).to(tl.int32)
         earlier += is_labelled(group, F.groups).to(tl.int32)
-    offs += tile * _INDEXED
+    offs += tile * INDEXED
     group = tl.load(keys + offs, mask=offs < n_k, other=-1).to(tl.int32)
     found = is_labelled(group, F.groups)
     place = tl.sum(earlier, 0) + tl.cumsum(found.to(tl.int32), 0) - found.to(tl.int32)
@@ -53,16 +52,16 @@ def label_index_kernel(groups, positions, before, n_k, num_tiles, F: tl.constexp
     tl.store(before + offs // TILE, place, mask=offs % TILE == 0)
     if tile == num_tiles - 1:  # the last tile of the list ends with keys that no row sees
         total = tl.sum(earlier, 0) + tl.sum(found.to(tl.int32), 0)
-        tl.store(before + num_tiles * (_INDEXED // TILE), total)
+        tl.store(before + num_tiles * (INDEXED // TILE), total)
         tl.store(listed + total + tl.arange(0, TILE), tl.zeros([TILE], dtype=tl.int32) + n_k)
 
 
 def index_labels(groups: Tensor, num_groups: int) -> Labels:
     """Return the labels of the keys `(B, N_k)` with their index."""
     batch, n_k = groups.shape
-    tiles = n_k // _INDEXED.value + 1
+    tiles = n_k // INDEXED.value + 1
     positions = torch.empty((batch, n_k + TILE.value), dtype=torch.int32, device=groups.device)
-    before = torch.empty((batch, tiles * (_INDEXED.value // TILE.value) + 1), dtype=torch.int32, device=groups.device)
+    before = torch.empty((batch, tiles * (INDEXED.value // TILE.value) + 1), dtype=torch.int32, device=groups.device)
     label_index_kernel[(batch * tiles,)](
         groups, positions, before, n_k, tiles, Features(groups=num_groups), **SMALL.options
     )

@@ -9,7 +9,9 @@ from torch import Tensor
 from abft_kernels.call import Call
 from abft_kernels.triton.structs import KeyLabels, Labels
 
-TILE = tl.constexpr(16)  # labelled keys of a tile, where they come last
+# Where labelled keys come last: those of a tile, and the keys of a program that makes their index.
+TILE = tl.constexpr(16)
+INDEXED = tl.constexpr(1024)
 
 
 def key_labels(call: Call, groups: int, block: int = 0) -> Labels:
@@ -46,7 +48,7 @@ def sample_labels(labels, b, n_k, active, F: tl.constexpr):
 @triton.jit
 def counts_of(n_k):
     """Return how many counts the index of labelled keys holds for a sample."""
-    return (n_k // 1024 + 1) * (1024 // TILE) + 1
+    return (n_k // INDEXED + 1) * (INDEXED // TILE) + 1
 
 
 @triton.jit
