@@ -115,7 +115,7 @@ def listed_spills(path: Path) -> dict[tuple[Any, ...], int]:
 
 
 def problems(row: dict[str, Any], listed: dict[tuple[Any, ...], int] | None = None) -> list[str]:
-    """Return the reasons to reject this compilation, empty if it is accepted; what is listed may spill so many bytes."""
+    """Return the reasons to reject this compilation, empty if it is accepted; `listed` ones may spill so many bytes."""
     if "error" in row:
         return [row["error"]]
     found = []
