@@ -26,10 +26,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.compile.aot import Case, compile_case, problems  # before triton: it turns the interpreter off
+from bench.compile.aot import compile_case, problems  # before triton: it turns the interpreter off
 from bench.compile.candidates import FAMILIES, candidates
 from bench.compile.candidates import KERNELS as TABLES
-from bench.compile.launches import KERNELS, TARGETS, Entry, Launch
+from bench.compile.launches import KERNELS, TARGETS, Case, Entry, Launch
 from bench.compile.table_file import Entries, Key, present, table_source
 from bench.record import provenance
 
