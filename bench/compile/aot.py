@@ -14,19 +14,20 @@ import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from abft.files import write_json
+from bench.compile.gate import gate_cases, sample
 from bench.compile.launches import (  # before triton: it turns the interpreter off
     DTYPES,
     KERNELS,
     TABLE,
     TARGETS,
+    Case,
     Launch,
     Recorded,
     family_of,
     gpu_target,
-    recorded,
 )
 from bench.compile.machine_code import report
 from bench.record import provenance
@@ -38,34 +39,7 @@ RESERVED = 1024  # bytes of shared memory that the system takes of each block
 name = "aot"
 description = "no GPU: registers, spills, shared memory and matrix instructions of every launch that a call can make"
 
-__all__ = ["Case", "compile_case", "problems"]
-
-
-class Case(NamedTuple):
-    """One compilation: a kernel among the launches of an operator."""
-
-    operator: str
-    kernel: str
-    target: str
-    dtype: str
-    head_dim: int
-    groups: int
-    form: str = "full"
-    table: str = ""  # whose launch `launch` replaces
-    launch: Launch | None = None
-    nth: int = 0  # among the operator's launches of this kernel
-
-    def launches(self) -> list[Recorded]:
-        """Return all launches of the operator."""
-        return recorded(
-            self.operator,
-            self.target,
-            dtype=self.dtype,
-            head_dim=self.head_dim,
-            groups=self.groups,
-            form=self.form,
-            launch_of=(self.table, self.launch),
-        )
+__all__ = ["blocks_per_multiprocessor", "compile_case", "compiled_kernel", "problems", "short_name"]
 
 
 def _reserved(case: Case, one: Recorded) -> int | None:
@@ -115,7 +89,7 @@ def listed_spills(path: Path) -> dict[tuple[Any, ...], int]:
 
 
 def problems(row: dict[str, Any], listed: dict[tuple[Any, ...], int] | None = None) -> list[str]:
-    """Return the reasons to reject this compilation, empty if it is accepted; what is listed may spill so many bytes."""
+    """Return the reasons to reject this compilation, empty if it is accepted; `listed` ones may spill so many bytes."""
     if "error" in row:
         return [row["error"]]
     found = []
@@ -255,8 +229,6 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json:
             write_json(options.json, {"provenance": provenance(("torch", "triton")), "rows": table})
         return 0
-    from bench.compile.gate import gate_cases, sample
-
     if options.sample:
         cases = sample(targets)
     else:

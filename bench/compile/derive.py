@@ -6,10 +6,12 @@
 
 A candidate must compile for every GPU of its family without register spills in the forms of `FORMS`, at 2 groups and,
 for the entries that serve more, at 16; those of `FEATURES` may spill outside of their main loops, and are listed with
-their bytes. `--measure` leaves spills outside of main loops to the clock in every form, and in `FEATURES` up to
-`LOOP_SPILLS` instructions inside; it times candidates through the public operators, all other kernels of the table as
-they are. What is done so far is written after each entry: `--out` takes the table and a JSON of what was chosen and
-refused, `--write` the tree's table.
+their bytes, and so is what `--allow-spills` lets pass. `--measure` leaves spills outside of main loops to the clock in
+every form, and in `FEATURES` up to `LOOP_SPILLS` instructions inside; it times candidates through the public operators,
+all other kernels of the table as they are.
+
+What is done so far is written after each entry: `--out` takes the table and a JSON of what was chosen and refused,
+`--write` the tree's table.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.compile.aot import Case, compile_case, problems  # before triton: it turns the interpreter off
+from bench.compile.aot import compile_case, problems  # before triton: it turns the interpreter off
 from bench.compile.candidates import FAMILIES, candidates
 from bench.compile.candidates import KERNELS as TABLES
-from bench.compile.launches import KERNELS, TARGETS, Entry, Launch
+from bench.compile.launches import KERNELS, TARGETS, Case, Entry, Launch
 from bench.compile.table_file import Entries, Key, present, table_source
 from bench.record import provenance
 
@@ -80,10 +82,12 @@ def cases(key: Key, launch: Launch, targets: Iterable[str]) -> Iterator[Case]:
                     yield Case(operator, kernel, target, dtype, key.head_tile, groups, form, key.table, launch)
 
 
-def refusal(case: Case, row: dict[str, Any], clock: bool = False) -> str:
-    """Return the reason to reject what was compiled; empty if it is accepted."""
+def refusal(case: Case, row: dict[str, Any], clock: bool = False, allowed: int = 0) -> str:
+    """Return the reason to reject what was compiled; empty if it is accepted, spilling so many bytes at most."""
     feature = case.form in FEATURES[case.groups]
     if (clock or feature) and "error" not in row and row["loop_spills"] <= (LOOP_SPILLS if clock and feature else 0):
+        row = row | {"spills": 0, "stack": 0}
+    if allowed and "error" not in row and row["stack"] <= allowed:
         row = row | {"spills": 0, "stack": 0}
     found = problems(row)
     return f"{case.kernel} {case.target} {case.form} G{case.groups}: {found[0]}" if found else ""
@@ -108,16 +112,16 @@ class Choice(NamedTuple):
         }
 
 
-def choose_all(keys: list[Key], launches: list[list[Launch]], targets: list[str]) -> list[Choice]:
+def choose_all(keys: list[Key], launches: list[list[Launch]], targets: list[str], allowed: int) -> list[Choice]:
     """Return the choices for a head tile, the most groups first: a launch that serves many groups serves few."""
     choices: list[Choice] = []
     for key, to_try in zip(keys, launches, strict=True):
         more = choices[-1].entry if choices else None
-        choices.append(choose(key, to_try, targets, more))
+        choices.append(choose(key, to_try, targets, more, allowed))
     return choices
 
 
-def choose(key: Key, launches: list[Launch], targets: list[str], more: Entry | None = None) -> Choice:
+def choose(key: Key, launches: list[Launch], targets: list[str], more: Entry | None = None, allowed: int = 0) -> Choice:
     """Return the first launch that is accepted, with the shared memory of its largest form, and those rejected before
     it; `more` is accepted for more groups."""
     refused = []
@@ -127,7 +131,7 @@ def choose(key: Key, launches: list[Launch], targets: list[str], more: Entry | N
         shared, spills, why = 0, [], ""
         for case in cases(key, launch, targets):
             row = compile_case(case)
-            if why := refusal(case, row):
+            if why := refusal(case, row, allowed=allowed):
                 break
             shared = max(shared, row["shared"])
             if row["spills"] or row["stack"]:
@@ -324,6 +328,7 @@ def _options(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argp
     parser.add_argument("--groups", type=numbers, default=[], help="groups of entries, of 0,2,16; all by default")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--refresh", action="store_true", help="keep present launches that compile well")
+    parser.add_argument("--allow-spills", type=int, default=0, help="bytes that a launch may spill, in main loops too")
     parser.add_argument("--measure", action="store_true", help="time every passing candidate on this GPU")
     parser.add_argument("--tokens", type=int, default=8192, help="sequence length for --measure")
     parser.add_argument("--out", type=Path, help="a folder for the table and for what was chosen and refused")
@@ -383,7 +388,12 @@ def main(arguments: list[str] | None = None) -> int:
             for index in sorted(range(len(keys)), key=lambda index: -keys[index].groups):
                 tiles.setdefault((*keys[index][:4], keys[index].groups == 0), []).append(index)
             of_tiles = [[[values[index] for index in tile] for values in (keys, to_try)] for tile in tiles.values()]
-            chosen = pool.map(choose_all, *zip(*of_tiles, strict=True), [targets] * len(of_tiles))
+            chosen = pool.map(
+                choose_all,
+                *zip(*of_tiles, strict=True),
+                [targets] * len(of_tiles),
+                [options.allow_spills] * len(of_tiles),
+            )
             choices = ((choice, {}) for of_tile in chosen for choice in of_tile)
         for choice, times in choices:
             timed += bool(times)

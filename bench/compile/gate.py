@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import cycle
 
-from bench.compile.aot import Case
-from bench.compile.launches import OPERATORS, gpu_target
+from bench.compile.launches import OPERATORS, Case, gpu_target
 
 __all__ = ["gate_cases", "sample"]
 

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from abft.files import write_json
-from bench.compile.aot import Case, blocks_per_multiprocessor, compiled_kernel, short_name
-from bench.compile.launches import KERNELS
+from bench.compile.aot import blocks_per_multiprocessor, compiled_kernel, short_name
+from bench.compile.launches import KERNELS, Case
 from bench.compile.machine_code import Loop, report
 from bench.gpu.goals import verdicts
 from bench.record import provenance

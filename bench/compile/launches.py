@@ -26,7 +26,7 @@ from abft_kernels.triton import backward, forward, launch, rows
 from abft_kernels.triton.launch import GPU, TABLE, Entry, Launch, family_of
 from abft_kernels.triton.structs import head_block
 
-__all__ = ["FORMS", "OPERATORS", "TARGETS", "Recorded", "gpu_target", "recorded"]
+__all__ = ["FORMS", "KERNELS", "OPERATORS", "TARGETS", "Case", "Recorded", "gpu_target", "recorded"]
 
 # Bytes of shared memory that one program may have: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability"; LDS by the CDNA 3, CDNA 4 and RDNA ISA guides.
@@ -150,6 +150,33 @@ def recorded(
         made = _Arguments(operator, dtype, head_dim, groups, form)
         {"fused": _fused, "rows": _rows, "decode": _decode}[operator](made)
     return found
+
+
+class Case(NamedTuple):
+    """One compilation: a kernel among the launches of an operator."""
+
+    operator: str
+    kernel: str
+    target: str
+    dtype: str
+    head_dim: int
+    groups: int
+    form: str = "full"
+    table: str = ""  # whose launch `launch` replaces
+    launch: Launch | None = None
+    nth: int = 0  # among the operator's launches of this kernel
+
+    def launches(self) -> list[Recorded]:
+        """Return all launches of the operator."""
+        return recorded(
+            self.operator,
+            self.target,
+            dtype=self.dtype,
+            head_dim=self.head_dim,
+            groups=self.groups,
+            form=self.form,
+            launch_of=(self.table, self.launch),
+        )
 
 
 class _Arguments:

