@@ -469,7 +469,7 @@ def backward(
     sizes, results = shape.tiled(call, n_k, launch.block_n), (Heads.of(dk), Heads.of(None if v is None else dv))
     labels, tiles = key_labels(call, groups), sizes.num_tiles
     if of_keys.deferred:
-        labels, tiles = index_labels(labels.keys, groups), tiles + shape.tiled(call, n_k, STRETCH.value).num_tiles
+        labels, tiles = index_labels(call, groups), tiles + shape.tiled(call, n_k, STRETCH.value).num_tiles
     # Without its scale, which meets every element once, afterwards.
     sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if atomic else None
     run = with_scratch(_mass_attn_bwd_kv_kernel[(tiles * batch * kv_heads,)], launch, q.device)

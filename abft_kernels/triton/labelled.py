@@ -56,8 +56,10 @@ def label_index_kernel(groups, positions, before, n_k, num_tiles, F: tl.constexp
         tl.store(listed + total + tl.arange(0, TILE), tl.zeros([TILE], dtype=tl.int32) + n_k)
 
 
-def index_labels(groups: Tensor, num_groups: int) -> Labels:
-    """Return the labels of the keys `(B, N_k)` with their index."""
+def index_labels(call: Call, num_groups: int) -> Labels:
+    """Return the group ids of the keys with their index."""
+    groups = call.groups
+    assert groups is not None  # of sparse labels
     batch, n_k = groups.shape
     tiles = n_k // INDEXED.value + 1
     positions = torch.empty((batch, n_k + TILE.value), dtype=torch.int32, device=groups.device)
