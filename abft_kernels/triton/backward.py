@@ -44,14 +44,7 @@ from abft_kernels.triton.labelled import (
     label_tiles,
     stored_keys,
 )
-from abft_kernels.triton.labels import (
-    add_column,
-    any_label,
-    group_weight,
-    key_labels,
-    load_groups,
-    sample_labels,
-)
+from abft_kernels.triton.labels import add_column, any_label, group_weight, key_labels, load_groups, sample_labels
 from abft_kernels.triton.launch import SMALL, launch_config, preprocess_block
 from abft_kernels.triton.masks import block_start, key_phases, keys_and_queries, phase_range, row_phases, seen_keys
 from abft_kernels.triton.preprocess import Statistics, mass_attn_bwd_preprocess_kernel
@@ -263,13 +256,15 @@ def _key_tile(
         limit_out = keys.end
     offs_n = stored_keys(labels, offs_n, keys, limit_out, F)
     key_base = at.bh * shape.n_k
-    dk_rows = Rows(dk + key_base * F.head_dim, F.head_dim, 1)
+    HEAD_DIM: tl.constexpr = F.head_dim
+    HEAD_DIM_V: tl.constexpr = F.head_dim_v
+    dk_rows = Rows(dk + key_base * F.head_dim, HEAD_DIM, 1)
     store_tile(dk_rows, at.start, offs_n, offs_d, limit_out, dk_tile * scale, F.head_dim)
     if F.v:
-        dv_rows = Rows(dv + key_base * F.head_dim_v, F.head_dim_v, 1)
+        dv_rows = Rows(dv + key_base * F.head_dim_v, HEAD_DIM_V, 1)
         store_tile(dv_rows, at.start, offs_n, offs_dv, limit_out, dv_tile, F.head_dim_v)
     if F.dw:
-        dw_rows = Rows(dw + key_base * F.groups, F.groups, 1)
+        dw_rows = Rows(dw + key_base * F.groups, GROUPS, 1)
         store_tile(dw_rows, at.start, offs_n, tl.arange(0, GROUPS_PAD), limit_out, dw_tile, F.groups)
 
 
@@ -405,7 +400,8 @@ def _mass_attn_bwd_q_kernel(
     limit_out = shape.n_q
     if F.packed:
         limit_out = queries.limit
-    dq_rows = Rows(dq + at.bh * shape.n_q * F.head_dim, F.head_dim, 1)
+    HEAD_DIM: tl.constexpr = F.head_dim
+    dq_rows = Rows(dq + at.bh * shape.n_q * F.head_dim, HEAD_DIM, 1)
     store_tile(dq_rows, at.start, offs_m, offs_d, limit_out, dq_tile * scale, F.head_dim)
 
 
@@ -484,8 +480,8 @@ def backward(
 
     sizes = shape.tiled(call, n_k, launch.block_n)
     labels, tiles = key_labels(call, groups), sizes.num_tiles
-    if of_keys.deferred:
-        labels, tiles = index_labels(labels.keys, groups), tiles + shape.tiled(call, n_k, STRETCH.value).num_tiles
+    if of_keys.deferred and call.groups is not None:
+        labels, tiles = index_labels(call.groups, groups), tiles + shape.tiled(call, n_k, STRETCH.value).num_tiles
     _mass_attn_bwd_kv_kernel[(tiles * batch * kv_heads,)](
         *inputs, labels, statistics, dk, dv, dw, *of_call, *sizes, of_keys, **launch.options
     )

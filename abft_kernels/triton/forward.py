@@ -178,9 +178,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor | None, call: Call) -> tuple[Tensor,
     sizes = Sizes.of(call, n_q, n_k).tiled(call, n_q, launch.block_m)
     inputs = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(out))
     of = defer(features(q, v, call, launch, groups, sinks=call.sinks is not None), call)
-    labels = key_labels(call, groups, 0 if of.deferred else launch.block_n)
-    if of.deferred:
-        labels = index_labels(labels.keys, groups)
+    if of.deferred and call.groups is not None:
+        labels = index_labels(call.groups, groups)
+    else:
+        labels = key_labels(call, groups, launch.block_n)
     chosen = (labels, call.row_mask, call.sinks, Scores.of(call), Dropout.of(call))
     of_call = (*seed_halves(call), Sequences.of(call), HeadCounts(heads, heads // kv_heads))
     _mass_attn_fwd_kernel[(sizes.num_tiles * batch * heads,)](
