@@ -35,10 +35,10 @@ def _interval(positions: Tensor, present: Tensor, n_k: int, masking: Masking) ->
         sequence = sequence.clamp(0, len(cu_seqlens) - 2)
         start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
     elif masking.padded:
-        start = positions.new_zeros(len(positions)) if masking.seq_starts is None else masking.seq_starts
-        end = masking.seq_ends if masking.seq_lens is None else start + masking.seq_lens
-        assert end is not None
-        start, end = (x.long()[:, None].expand_as(positions) for x in (start, end))
+        starts = positions.new_zeros(len(positions)) if masking.seq_starts is None else masking.seq_starts
+        ends = masking.seq_ends if masking.seq_lens is None else starts + masking.seq_lens
+        assert ends is not None
+        start, end = (x.long()[:, None].expand_as(positions) for x in (starts, ends))
     else:
         start, end = torch.full_like(positions, offset), torch.full_like(positions, offset + n_k)
     first = start if cu_seqlens is not None or masking.padded else torch.zeros_like(start)

@@ -174,6 +174,7 @@ def _key_tile(
     BLOCK_N: tl.constexpr = F.block_n
     BLOCK_D: tl.constexpr = F.block_d
     BLOCK_DV: tl.constexpr = F.block_dv
+    HEAD_DIM: tl.constexpr = F.head_dim
     GROUPS: tl.constexpr = F.groups
     GROUPS_PAD: tl.constexpr = F.groups_pad
     labels = sample_labels(labels, at.b, shape.n_k, 1, F)
@@ -217,7 +218,7 @@ def _key_tile(
             do_rows = one_head(do, at.b, off_h, do_tiles)
         dq_rows = q_rows
         if F.atomic_dq:
-            dq_rows = Rows(dq + off_bh * shape.n_q * F.head_dim, F.head_dim, 1)
+            dq_rows = Rows(dq + off_bh * shape.n_q * F.head_dim, HEAD_DIM, 1)
         head = HeadRows(off_bh * shape.n_q, at.b * shape.n_q, shape.n_q, dq_rows)
         of_scores = head_scores(scores, off_bh, F)
         of_dropout = head_dropout(dropout, off_bh)
@@ -252,7 +253,7 @@ def _key_tile(
     if F.v:
         store_tile(one_head(dv, at.b, at.h), at.start, offs_n, offs_dv, limit_out, dv_tile, F.head_dim_v)
     if F.dw:
-        dw_rows = Rows(dw + at.bh * shape.n_k * F.groups, F.groups, 1)
+        dw_rows = Rows(dw + at.bh * shape.n_k * F.groups, GROUPS, 1)
         store_tile(dw_rows, at.start, offs_n, tl.arange(0, GROUPS_PAD), limit_out, dw_tile, F.groups)
 
 

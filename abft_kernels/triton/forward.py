@@ -192,15 +192,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor | None, call: Call) -> tuple[Tensor,
         positions = torch.arange(n_q, device=q.device, dtype=torch.int32).expand(batch, -1)
         row_kernel.forward_into(out, mass, lse, q, k, v, positions, call._replace(key_offset=-call.row_offset))
         return out, mass, lse
-    launch = launch_config(
-        "forward", head_tile(q, v), q.element_size(), call.loop_groups(groups), q.device, forms_of(q, k, v)
-    )
+    in_loop, forms = call.loop_groups(groups), forms_of(q, k, v)
+    if in_loop < groups:  # products after the loop, which producer and consumer warps cannot share
+        forms = forms._replace(specialized=False)
+    launch = launch_config("forward", head_tile(q, v), q.element_size(), in_loop, q.device, forms)
     sizes = Sizes.of(call, n_q, n_k).tiled(call, n_q, launch.block_m)
     inputs = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(out))
     of = defer(features(q, v, call, launch, groups, sinks=call.sinks is not None, specialized=launch.specialized), call)
-    labels = key_labels(call, groups, 0 if of.deferred else launch.block_n)
-    if of.deferred:
-        labels = index_labels(labels.keys, groups)
+    labels = index_labels(call, groups) if of.deferred else key_labels(call, groups, launch.block_n)
     chosen = (labels, call.row_mask, call.sinks, Scores.of(call), Dropout.of(call))
     of_call = (*seed_halves(call), Sequences.of(call), HeadCounts(heads, heads // kv_heads))
     run = with_scratch(_mass_attn_fwd_kernel[(sizes.num_tiles * batch * heads,)], launch, q.device)

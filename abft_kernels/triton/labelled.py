@@ -17,7 +17,6 @@ keys: the bounds, in the list, of any range of keys. The host never reads how ma
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from abft_kernels.call import Call
 from abft_kernels.triton.common import UNSPECIALIZED, load_tile
