@@ -195,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"{short_name(row['kernel']):6} {row['target']:6} D{row['head_dim']:<3} mass {mass:3} matrix "
             f"{of['matrix']:5.0f}, special {of['special']:5.0f}, issue {of['issue']:5.0f}, shared "
-            f"{of['shared']:5.0f} cycles; {row['products']:.0f} products; {row['blocks']} blocks; share of the peak: overlap {share['overlap']:.0%}, "
+            f"{of['shared']:5.0f} cycles; {row['products']:.0f} products; {row['blocks']} blocks; "
+            f"share of the peak: overlap {share['overlap']:.0%}, "
             f"serial {share['serial']:.0%}"
         )
     for line in against_goals(rows):
