@@ -49,7 +49,9 @@ def test_a_loop_of_warpgroups(implied_bounds):
     assert of.shared_bytes == 2 * 2 * (64 * 16 * 3) + 8 * 512
     cycles = implied_bounds.cycles(of, implied_bounds.MACHINES["sm_90"])
     assert cycles == {"matrix": 128.0, "special": 32.0, "issue": 16.0, "shared": 128.0}
-    assert implied_bounds.shares(cycles) == {"overlap": 1.0, "serial": 128 / 160}
+    assert implied_bounds.shares(cycles, 128.0) == {"overlap": 1.0, "serial": 128 / 160}
+    # Half of the work repeats the other half's.
+    assert implied_bounds.shares(cycles, 64.0) == {"overlap": 0.5, "serial": 64 / 160}
     assert implied_bounds.cycles(of, implied_bounds.MACHINES["sm_80"])["matrix"] == 256.0
 
 
@@ -106,9 +108,9 @@ def test_against_the_goals(implied_bounds):
     """Forward its share of the peak; backward 5 useful products of the 7 that both kernels compute."""
     of = {"target": "sm_90", "head_dim": 128, "mass": False}
     rows = [
-        {**of, "kernel": "_mass_attn_fwd_kernel", "products": 2.0, "shares": {"overlap": 0.5, "serial": 0.25}},
-        {**of, "kernel": "_mass_attn_bwd_kv_kernel", "products": 4.0, "shares": {"overlap": 0.5, "serial": 0.25}},
-        {**of, "kernel": "_mass_attn_bwd_q_kernel", "products": 3.0, "shares": {"overlap": 0.75, "serial": 0.25}},
+        {**of, "kernel": "_mass_attn_fwd_kernel", "shares": {"overlap": 0.5, "serial": 0.25}},
+        {**of, "kernel": "_mass_attn_bwd_kv_kernel", "shares": {"overlap": 0.5, "serial": 0.25}},
+        {**of, "kernel": "_mass_attn_bwd_q_kernel", "shares": {"overlap": 0.75, "serial": 0.25}},
     ]
     assert implied_bounds.backward_share(rows[1:], "overlap") == pytest.approx(5 / (4 / 0.5 + 3 / 0.75))
     forward, backward = implied_bounds.against_goals(rows)
