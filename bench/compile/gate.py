@@ -12,7 +12,7 @@ __all__ = ["gate_cases", "sample"]
 # The forms of each operator, of `bench.compile.launches.FORMS`.
 _FORMS = {
     "fused": ("full", "off", "lean", "ones", "mass", "narrow", "noncausal", "packed", "gemma", "oss", "chunk", "alibi",
-              "weights", "dropout", "rows"),
+              "weights", "dropout", "rows", "sparse", "packed sparse", "atomic"),
     "rows": ("full", "one", "ones", "narrow", "final", "many", "noncausal", "packed", "gemma", "oss", "chunk", "alibi",
              "weights"),
     "decode": ("full", "one", "off", "narrow", "final", "noncausal", "gemma", "oss", "chunk", "alibi", "weights"),

@@ -60,6 +60,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "weights": {"weights": True},
     "dropout": {"dropout_p": 0.1},
     "rows": {"row_mask": True},
+    "sparse": {"sparse_labels": True},
+    "packed sparse": {"sparse_labels": True, "packed": True},
+    "atomic": {"deterministic": False},
 }
 OPERATORS = ("fused", "rows", "decode")
 # The kernels of the launch table: the operator that launches each.
