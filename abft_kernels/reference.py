@@ -36,9 +36,9 @@ def _interval(positions: Tensor, present: Tensor, n_k: int, masking: Masking) ->
         start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
     elif masking.padded:
         start = positions.new_zeros(len(positions)) if masking.seq_starts is None else masking.seq_starts
-        end = masking.seq_ends if masking.seq_lens is None else start + masking.seq_lens
-        assert end is not None
-        start, end = (x.long()[:, None].expand_as(positions) for x in (start, end))
+        ends = masking.seq_ends if masking.seq_lens is None else start + masking.seq_lens
+        assert ends is not None
+        start, end = (x.long()[:, None].expand_as(positions) for x in (start, ends))
     else:
         start, end = torch.full_like(positions, offset), torch.full_like(positions, offset + n_k)
     first = start if cu_seqlens is not None or masking.padded else torch.zeros_like(start)
