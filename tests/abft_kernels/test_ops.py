@@ -20,7 +20,7 @@ from abft_kernels import (
     row_mass_reference,
     validation,
 )
-from abft_kernels.call import Call, pack
+from abft_kernels.call import Call, pack, unpack
 from abft_kernels.masking import Reach
 
 BACKENDS = ["triton", "torch"]
@@ -105,6 +105,31 @@ def test_opcheck_mass_attention(case, backend, device):
     incoming = [torch.ones_like(x) for x in results]
     for chosen in (incoming, [None, incoming[1], None]):
         library.opcheck(ops.mass_attention_backward_op, (*chosen, *plain, *results, True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [FUSED[0], FUSED[2]])
+def test_opcheck_rows_beside_an_attention(case, backend, device):
+    """The combined operator, and the row operator that reads all queries."""
+    q, k, v, *packed, _ = _arguments(case, device, backend)
+    call = unpack(packed)
+    call = call._replace(whole=True, row_mask=None)
+    sequences = len(q) if call.starts is None else len(call.starts)
+    rows = torch.tensor([[1, 1], [39, -1]], device=device)[:sequences]
+    if call.packed:
+        rows = torch.stack([call.starts, call.ends - 1], 1).long()
+    arguments = [q, k, v, rows, *pack(call), backend]
+    alone = [q, k, rows, *pack(call), backend]
+    library.opcheck(ops.row_mass_attention_op, arguments)
+    library.opcheck(ops.row_mass_op, alone)
+    plain = _detached(arguments)
+    results = ops.row_mass_attention_op(*plain)
+    incoming = [torch.ones_like(x) for x in results[:3]]
+    for chosen in (incoming, [None, incoming[1], None], [incoming[0], None, None]):
+        library.opcheck(ops.row_mass_attention_backward_op, (*chosen, *plain, *results, True))
+    plain = _detached(alone)
+    results = ops.row_mass_op(*plain)
+    library.opcheck(ops.row_mass_backward_op, (*incoming[1:], *plain, *results, True))
 
 
 @pytest.mark.parametrize(
