@@ -39,6 +39,7 @@ from abft_kernels.triton.labelled import (
     STRETCH,
     block_labels,
     defer,
+    first_upcoming,
     index_labels,
     key_bounds,
     key_offsets,
@@ -294,10 +295,11 @@ def _mass_attn_bwd_kv_kernel(
 
 @triton.jit
 def _row_block(
-    dq, tile, labels, statistics, head, k_rows, v_rows, start_n, rows, keys, scores, dropout,
+    dq, upcoming, tile, labels, statistics, head, k_rows, v_rows, start_n, rows, keys, scores, dropout,
     F: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Return dq of a block of rows after one block of keys."""
+    """Return dq of a block of rows after one block of keys, and the first labelled key after it where these come last;
+    `upcoming` is that key before the block, or any before the block itself."""
     BLOCK_D: tl.constexpr = F.block_d
     BLOCK_DV: tl.constexpr = F.block_dv
     GROUPS: tl.constexpr = F.groups
@@ -322,12 +324,13 @@ def _row_block(
                 w = group_weight(g, group, labels, offs_n, keys, F)
                 slope += dmass[:, None] * w[None, :]
     ds = _score_gradient(p, slope, capped, F)
-    if F.deferred > 0:
-        first, end = block_labels(labels, start_n, F)
-        if first < end:  # an inner loop would keep the outer one from being pipelined
+    if F.deferred > 0:  # noqa: SIM102 (decided at compile time, and then at run time)
+        if upcoming < start_n + F.block_n:  # a loop outside of a branch would keep the outer one from being pipelined
+            first, end = block_labels(labels, start_n, F)
             for entry in range(first, end):
                 ds = tl.where(cols == tl.load(labels.positions + entry), 0.0, ds)
-    return matmul(rounded(ds, k.dtype), k, dq)
+            upcoming = tl.load(labels.positions + end)
+    return matmul(rounded(ds, k.dtype), k, dq), upcoming
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -374,18 +377,20 @@ def _mass_attn_bwd_q_kernel(
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for MASKED in tl.static_range(2):
         begin, end = phase_range(phases, MASKED)
+        upcoming = first_upcoming(labels)
         for block in tl.range(begin, end, 1 if MASKED else F.block_n, num_stages=F.masked_stages if MASKED else None):
             start_n = block_start(block, phases, F.block_n, MASKED)
-            dq_tile = _row_block(
-                dq_tile, tile, labels, statistics, head, k_rows, v_rows, start_n, rows, keys, scores, dropout, F, MASKED
-            )
+            dq_tile, upcoming = _row_block(
+                dq_tile, upcoming, tile, labels, statistics, head, k_rows, v_rows, start_n, rows, keys, scores, dropout,
+                F, MASKED,
+            )  # fmt: skip
     if F.deferred > 0:
         L: tl.constexpr = F.last
         begin, end = label_range(labels, phases, F)
         k_last, v_last = scattered(k_rows), scattered(v_rows)
         for entry in tl.range(begin, end, L.block_n, num_stages=1):
-            dq_tile = _row_block(
-                dq_tile, tile, labels, statistics, head, k_last, v_last, entry, rows, keys, scores, dropout, L, True
+            dq_tile, _ = _row_block(
+                dq_tile, 0, tile, labels, statistics, head, k_last, v_last, entry, rows, keys, scores, dropout, L, True
             )
     limit_out = shape.n_q
     if F.packed:

@@ -89,12 +89,16 @@ def label_range(labels, phases, F: tl.constexpr):
 
 
 @triton.jit
+def first_upcoming(labels):
+    """Return a position before every block of keys, or after all if no row wants mass."""
+    return tl.where(labels.active != 0, -1, 0x7FFFFFFF)
+
+
+@triton.jit
 def block_labels(labels, start_n, F: tl.constexpr):
-    """Return the bounds, in the list, of the labelled keys in a block of keys; none if no row wants mass."""
+    """Return the bounds, in the list, of the labelled keys in a block of keys."""
     first = labels.blocks + start_n // TILE
-    end = tl.load(first + F.block_n // TILE)
-    first = tl.load(first)
-    return first, tl.where(labels.active != 0, end, first)
+    return tl.load(first), tl.load(first + F.block_n // TILE)
 
 
 @triton.jit
