@@ -97,7 +97,7 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
     ],
     ("backward_kv", 2, "sm_90"): [
         Entry(64, 0, Launch(64, 128, 8, 2), 65792),
-        Entry(64, 16, Launch(32, 128, 8, 2), 49536),
+        Entry(64, 16, Launch(32, 128, 8, 2), 51328),
         Entry(128, 0, Launch(32, 128, 8, 2), 98432),
         Entry(128, 2, Launch(16, 128, 8, 2), 82112),
         Entry(128, 16, Launch(32, 32, 8, 1), 40960),
@@ -229,7 +229,7 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
         Entry(512, 16, Launch(16, 16, 8, 1), 66560),
     ],
     ("rows", 4, "sm_90"): [
-        Entry(64, 16, Launch(32, 64, 8, 2), 37248),
+        Entry(64, 16, Launch(32, 64, 8, 2), 37312),
         Entry(128, 2, Launch(16, 64, 8, 2), 45504),
         Entry(128, 16, Launch(16, 16, 4, 1), 17408),
         Entry(256, 16, Launch(16, 16, 8, 2), 36032),

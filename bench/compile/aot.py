@@ -172,18 +172,22 @@ def short_name(kernel: str) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a Markdown table, a line for each target and kernel: the most of registers, shared memory and spills."""
-    lines = ["| target | kernel | compiled | registers | shared memory, KiB | spills |", "|---|---|---|---|---|---|"]
+    """Return a Markdown table, targets by kernels: the most registers, KiB of shared memory, and bytes that spill."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        kernel = short_name(row["kernel"]) + (" with values" if row["operator"] == "decode" else "")
-        found.setdefault((row["target"], kernel), []).append(row)
-    order = list(TARGETS)
-    for (target, kernel), of in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
-        spilling = [row for row in of if row["spills"] or row["stack"]]
-        spills = f"{len(spilling)}, to {max(row['stack'] for row in spilling)} bytes" if spilling else "none"
-        registers, shared = (max(row[field] for row in of) for field in ("registers", "shared"))
-        lines.append(f"| {target} | {kernel} | {len(of)} | {registers} | {shared / 1024:.0f} | {spills} |")
+        decode = row["operator"] == "decode" and "row_mass_fwd" in row["kernel"]
+        found.setdefault((row["target"], "decode" if decode else short_name(row["kernel"])), []).append(row)
+    kernels = sorted({kernel for _, kernel in found})
+    lines = ["| | " + " | ".join(kernels) + " |", "|---" * (len(kernels) + 1) + "|"]
+    for target in TARGETS:
+        cells = []
+        for kernel in kernels:
+            of = found.get((target, kernel), [])
+            registers, shared, spilled = (
+                max((row[x] for row in of), default=0) for x in ("registers", "shared", "stack")
+            )
+            cells.append(f"{registers}, {shared / 1024:.0f}" + (f", **{spilled} B**" if spilled else "") if of else "–")
+        lines.append(f"| {target} | " + " | ".join(cells) + " |")
     return lines
 
 

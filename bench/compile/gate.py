@@ -15,7 +15,7 @@ _FORMS = {
               "weights", "dropout", "rows", "sparse", "packed sparse", "atomic"),
     "rows": ("full", "one", "ones", "narrow", "final", "many", "noncausal", "packed", "gemma", "oss", "chunk", "alibi",
              "weights"),
-    "decode": ("full", "one", "off", "narrow", "final", "noncausal", "gemma", "oss", "chunk", "alibi", "weights"),
+    "decode": ("full", "one", "off", "narrow", "ones", "noncausal", "gemma", "oss", "chunk", "alibi", "weights"),
 }  # fmt: skip
 _SPOTS = ("full", "off", "weights")  # of float32; of float16 the first
 

