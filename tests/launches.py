@@ -29,7 +29,7 @@ class Launches(TorchDispatchMode):
     def __init__(self, monkeypatch: Any) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
-        run_operator, run_kernel = ops._exactly, interpreter.GridExecutor.__call__
+        run_operator, run_kernel = ops._run, interpreter.GridExecutor.__call__
 
         def operator(*arguments: Any) -> Any:
             with self:
@@ -40,7 +40,7 @@ class Launches(TorchDispatchMode):
             with _disable_current_modes():  # the interpreter's own copies
                 run_kernel(executor, *arguments, **options)
 
-        monkeypatch.setattr(ops, "_exactly", operator)
+        monkeypatch.setattr(ops, "_run", operator)
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", kernel)
         monkeypatch.setattr(functional, "_on_gpu", lambda device: True)
         for module in (masking, validation):

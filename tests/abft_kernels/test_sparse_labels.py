@@ -7,6 +7,7 @@ from kernel_cases import Case
 from test_saturation import _error, _gradients, _saturated
 
 from abft_kernels import mass_attention, mass_attention_reference
+from abft_kernels.call import Call
 from abft_kernels.triton.labelled import index_labels
 
 # Labels as dense as in the table of features: some tiles of labelled keys are full, and some lie in two sequences.
@@ -58,7 +59,7 @@ def test_gradient_of_saturated_heads(target, device):
 def test_index(n_k, device):
     generator = torch.Generator().manual_seed(0)
     groups = torch.randint(-2, 4, (2, n_k), generator=generator).to(device, torch.int8)  # 2 and 3 are no groups
-    _, before, positions = index_labels(groups, 2)
+    _, before, positions = index_labels(Call(groups=groups), 2)
     for sample in range(2):
         expected = ((groups[sample] >= 0) & (groups[sample] < 2)).nonzero()[:, 0].int()
         number = len(expected)
