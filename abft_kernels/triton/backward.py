@@ -58,7 +58,7 @@ from abft_kernels.triton.labels import (
     load_groups,
     sample_labels,
 )
-from abft_kernels.triton.launch import SMALL, launch_config, preprocess_block
+from abft_kernels.triton.launch import SMALL, launch_config, preprocess_block, serves
 from abft_kernels.triton.masks import block_start, key_phases, keys_and_queries, phase_range, row_phases, seen_keys
 from abft_kernels.triton.softmax import dropout_keep, head_dropout, head_scores, probabilities, seeded_dropout
 from abft_kernels.triton.statistics import (
@@ -459,7 +459,8 @@ def backward(
     shape = Sizes.of(call, n_q, n_k)
     of_table = (head_tile(q, v), q.element_size(), call.loop_groups(groups), q.device, forms_of(q, k, v, do))
     atomic = not call.deterministic and not torch.are_deterministic_algorithms_enabled()
-    launch = launch_config("backward_kv", *of_table)
+    atomic = atomic and serves("backward_atomic", *of_table[:4])
+    launch = launch_config("backward_atomic" if atomic else "backward_kv", *of_table)
     of_keys = defer(features(q, v, call, launch, groups, dw=want_dw, atomic_dq=atomic), call)
 
     block = preprocess_block(of_keys.block_dv)

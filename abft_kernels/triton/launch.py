@@ -110,7 +110,7 @@ def _entries(kernel: str, element_size: int, groups: int, gpu: GPU) -> list[Entr
     """Return the entries that serve so many groups and fit this GPU; narrow head tiles first."""
     entries = []
     if gpu.family is not None:
-        for entry in TABLE[kernel, element_size, gpu.family]:  # an explicit loop, for torch.compile to trace
+        for entry in TABLE.get((kernel, element_size, gpu.family), []):  # an explicit loop, for torch.compile to trace
             if groups <= entry.groups and entry.shared_memory <= gpu.shared_memory:
                 entries.append(entry)
     return entries

@@ -188,6 +188,34 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
     ],
     ("backward_q", 4, "cdna"): [],
     ("backward_q", 4, "rdna"): [],
+    ("backward_atomic", 2, "sm_80"): [
+        Entry(128, 2, Launch(32, 32, 8, 1), 40960),
+    ],
+    ("backward_atomic", 2, "sm_90"): [
+        Entry(64, 16, Launch(32, 128, 8, 2), 73856),
+        Entry(128, 2, Launch(16, 128, 8, 2), 122944),
+        Entry(128, 16, Launch(32, 32, 8, 1), 40960),
+    ],
+    ("backward_atomic", 2, "sm_100"): [
+        Entry(64, 2, Launch(32, 128, 8, 2), 65792),
+        Entry(128, 2, Launch(32, 64, 8, 1), 65544),
+        Entry(128, 16, Launch(32, 32, 8, 1), 40960),
+    ],
+    ("backward_atomic", 2, "cdna"): [],
+    ("backward_atomic", 2, "rdna"): [],
+    ("backward_atomic", 4, "sm_80"): [
+        Entry(64, 2, Launch(16, 32, 8, 1), 26624),
+    ],
+    ("backward_atomic", 4, "sm_90"): [
+        Entry(64, 16, Launch(32, 32, 8, 1), 36864),
+        Entry(128, 16, Launch(32, 32, 8, 1), 69632),
+    ],
+    ("backward_atomic", 4, "sm_100"): [
+        Entry(64, 16, Launch(32, 32, 8, 1), 36864),
+        Entry(128, 16, Launch(32, 32, 8, 1), 69632),
+    ],
+    ("backward_atomic", 4, "cdna"): [],
+    ("backward_atomic", 4, "rdna"): [],
     ("rows", 2, "sm_80"): [
         Entry(64, 2, Launch(16, 64, 4, 2), 22976),
         Entry(64, 16, Launch(16, 32, 4, 2), 14528),
@@ -229,8 +257,8 @@ TABLE: dict[tuple[str, int, str], list[Entry]] = {
         Entry(512, 16, Launch(16, 16, 8, 1), 66560),
     ],
     ("rows", 4, "sm_90"): [
-        Entry(64, 16, Launch(32, 64, 8, 2), 37312),
-        Entry(128, 2, Launch(16, 64, 8, 2), 45504),
+        Entry(64, 16, Launch(16, 64, 4, 2), 29120),
+        Entry(128, 2, Launch(16, 32, 8, 2), 41408),
         Entry(128, 16, Launch(16, 16, 4, 1), 17408),
         Entry(256, 16, Launch(16, 16, 8, 2), 36032),
         Entry(512, 16, Launch(16, 16, 8, 1), 66560),

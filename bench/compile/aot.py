@@ -46,13 +46,16 @@ def _reserved(case: Case, one: Recorded) -> int | None:
     """Return the shared memory that the launch's entry in the table names; None of kernels without entries."""
     family = family_of(case.target)
     assert family is not None
-    tables = [table for table, of in KERNELS.items() if of[0] == case.operator and case.kernel in of[1]]
+    other = "backward_kv" if case.form == "atomic" else "backward_atomic"
+    tables = [
+        table for table, of in KERNELS.items() if table != other and of[0] == case.operator and case.kernel in of[1]
+    ]
     if not tables:
         return None
     of = one.arguments[-1]
     serving = (
         entry.shared_memory
-        for entry in TABLE[tables[0], DTYPES[case.dtype].itemsize, family]
+        for entry in TABLE.get((tables[0], DTYPES[case.dtype].itemsize, family), [])
         if of.groups <= entry.groups
         and max(of.block_d, of.block_dv) <= entry.head_tile
         and entry.shared_memory <= TARGETS[case.target]

@@ -203,7 +203,7 @@ _FAMILIES: Mapping[str, dict[tuple[str, int], dict[int, Launches]]] = {
     "rdna": _RDNA,
 }
 FAMILIES = tuple(_FAMILIES)
-KERNELS = ("forward", "backward_kv", "backward_q", "rows", "decode")
+KERNELS = ("forward", "backward_kv", "backward_q", "backward_atomic", "rows", "decode")
 
 
 def candidates(family: str, kernel: str, element_size: int, groups: int) -> dict[int, Launches]:
@@ -214,6 +214,9 @@ def candidates(family: str, kernel: str, element_size: int, groups: int) -> dict
     table = _FAMILIES[family]
     if groups == 0:
         return _NVIDIA_NO_MASS.get((kernel, element_size), {}) if table is _NVIDIA else {}
+    if kernel == "backward_atomic":  # elsewhere dQ has its own kernel
+        of_keys = table["backward_kv", element_size]
+        return {tile: of_keys[tile] for tile in (64, 128)} if table is _NVIDIA else {}
     if kernel != "decode":
         return table[kernel, element_size]
     of_rows = table["rows", element_size]

@@ -48,6 +48,7 @@ FORMS: dict[str, dict[int, tuple[str, ...]]] = {
     "fused": {0: ("off",), 2: ("full", "off", "lean", "ones"), 16: ("full",)},
     "rows": {2: ("full", "one", "lean", "ones"), 16: ("full", "one")},
     "decode": {2: ("full", "one", "off", "lean"), 16: ("full", "one")},
+    "atomic": {2: ("atomic",), 16: ("atomic",)},
 }
 # May spill outside of main loops. Decoding is never packed.
 FEATURES: dict[int, tuple[str, ...]] = {0: ("packed", "gemma", "oss", "lean"), 2: ("packed", "gemma", "oss"), 16: ()}
@@ -68,6 +69,7 @@ def limit_of(family: str) -> int:
 def cases(key: Key, launch: Launch, targets: Iterable[str]) -> Iterator[Case]:
     """Yield the compilations that a launch must pass, those that refuse most first."""
     operator, kernels = KERNELS[key.table]
+    atomic = key.table == "backward_atomic"
     dtype = "bf16" if key.element_size == 2 else "fp32"
     for target in targets_of(key.family):
         if target not in targets:
@@ -76,8 +78,8 @@ def cases(key: Key, launch: Launch, targets: Iterable[str]) -> Iterator[Case]:
         for groups in (0,) if key.groups == 0 else (16, 2):
             if groups > key.groups:
                 continue
-            features = FEATURES[groups][operator == "decode" :]
-            for form in (*FORMS[operator][groups], *features):
+            features = () if atomic else FEATURES[groups][operator == "decode" :]
+            for form in (*FORMS["atomic" if atomic else operator][groups], *features):
                 for kernel in kernels:
                     yield Case(operator, kernel, target, dtype, key.head_tile, groups, form, key.table, launch)
 

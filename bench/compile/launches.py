@@ -70,6 +70,7 @@ KERNELS = {
     "forward": ("fused", ("_mass_attn_fwd_kernel",)),
     "backward_kv": ("fused", ("_mass_attn_bwd_kv_kernel",)),
     "backward_q": ("fused", ("_mass_attn_bwd_q_kernel",)),
+    "backward_atomic": ("fused", ("_mass_attn_bwd_kv_kernel",)),
     "rows": ("rows", ("_row_mass_fwd_kernel", "_row_mass_bwd_kernel")),
     "decode": ("decode", ("_row_mass_fwd_kernel",)),
 }

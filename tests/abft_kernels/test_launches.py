@@ -11,7 +11,7 @@ LAYOUTS = {
     "left": {"seq_ends": torch.tensor([60, 60]).int(), "seq_starts": torch.tensor([0, 9]).int()},
     "none": {},
 }
-ATTENTION = ("_mass_attn_fwd_kernel", "_mass_attn_bwd_preprocess_kernel", "_mass_attn_bwd_kv_kernel",
+ATTENTION = ("_mass_attn_fwd_kernel", "mass_attn_bwd_preprocess_kernel", "_mass_attn_bwd_kv_kernel",
              "_mass_attn_bwd_q_kernel")  # fmt: skip
 PYTORCH = ("aten._scaled_dot_product_flash_attention_for_cpu.default",
            "aten._scaled_dot_product_flash_attention_for_cpu_backward.default")  # fmt: skip
