@@ -19,8 +19,10 @@ def provenance(packages: tuple[str, ...] = ("torch", "triton", "transformers")) 
 
     Where the files were copied without their `.git`, `BENCH_COMMIT` and `BENCH_DIRTY` (0 or 1) name the commit.
     """
+    spec = sys.modules["__main__"].__spec__  # None in a test or a notebook
+    module = "bench" if spec is None else spec.name.removesuffix(".__main__")
     source = abft.provenance.provenance(
-        " ".join(["python", "-m", "bench", *sys.argv[1:]]),
+        " ".join(["python", "-m", module, *sys.argv[1:]]),
         packages,
         folder=Path(__file__).parent,
         variables=("BENCH_COMMIT", "BENCH_DIRTY"),

@@ -110,7 +110,7 @@ def instruction_table(targets: list[str], jobs: int) -> list[dict[str, Any]]:
     """Count the instructions of each fused kernel's unmasked main loop, per thread and iteration, mass off and on.
 
     `skipped` is what a block of keys without a label jumps over. bf16, causal, 2 groups; both with the launch of the
-    mass, so that tiles are alike.
+    mass, so that tiles are alike. `sparse`: the same for sparse labels, both with the launch of calls without mass.
     """
     cases = []
     for table in ("forward", "backward_kv", "backward_q"):
@@ -120,17 +120,30 @@ def instruction_table(targets: list[str], jobs: int) -> list[dict[str, Any]]:
                 on = Case(operator, kernel, target, "bf16", head_dim, 2)
                 of_mass = Launch(*next(one.launch for one in on.launches() if one.name == kernel))
                 cases += [on._replace(form="off", table=table, launch=of_mass), on]
+                cases += [on._replace(form="off"), on._replace(form="sparse")]
     with ProcessPoolExecutor(jobs) as pool:
         compiled = list(pool.map(compile_case, cases))
     rows = []
-    for off, on_row in zip(compiled[::2], compiled[1::2], strict=True):
-        loops = [min(row["loops"], key=lambda loop: loop["instructions"]) for row in (off, on_row)]
+    for off, on_row, without, sparse in zip(*(compiled[i::4] for i in range(4)), strict=True):
+        loops = [_main_loop(row) for row in (off, on_row)]
         kept = ("kernel", "target", "head_dim", "launch", "registers", "shared")
         fitting = blocks_per_multiprocessor(
             on_row["target"], on_row["registers"], on_row["launch"][2], on_row["shared"]
         )
-        rows.append({key: on_row[key] for key in kept} | {"blocks": fitting, "off": loops[0], "on": loops[1]})
+        of_sparse = {"launch": sparse["launch"], "registers": sparse["registers"], "spills": sparse["spills"],
+                     "off": _main_loop(without), "on": _main_loop(sparse, _main_loop(without))}  # fmt: skip
+        counts = {"blocks": fitting, "off": loops[0], "on": loops[1], "sparse": of_sparse}
+        rows.append({key: on_row[key] for key in kept} | counts)
     return rows
+
+
+def _main_loop(row: dict[str, Any], like: dict[str, int] | None = None) -> dict[str, int]:
+    """Return the loop over whole blocks: the shortest, or the one that is most `like` another kernel's, for a kernel
+    that has loops over labelled keys too."""
+    if like is None:
+        return min(row["loops"], key=lambda loop: loop["instructions"])
+    wanted = like["instructions"] - like["skipped"]
+    return min(row["loops"], key=lambda loop: abs(loop["instructions"] - loop["skipped"] - wanted))
 
 
 def gate_result(rows: list[dict[str, Any]], before: dict[str, Any] | None = None) -> dict[str, Any]:
