@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["candidates"]
+from abft_kernels.triton.launch_table import Launch
+
+__all__ = ["candidates", "measured_candidates"]
 
 Launches = list[tuple[int, int, int, int]]
 
@@ -204,6 +206,32 @@ _FAMILIES: Mapping[str, dict[tuple[str, int], dict[int, Launches]]] = {
 }
 FAMILIES = tuple(_FAMILIES)
 KERNELS = ("forward", "backward_kv", "backward_q", "backward_atomic", "rows", "decode")
+
+
+# Forms that only a clock may choose: tiles by tensor descriptors, and with them masked blocks in two stages. What they
+# spill stands outside of their main loops. Producer and consumer warps are left out: their results come first.
+_BY_DESCRIPTORS: dict[tuple[str, str, int], dict[int, list[Launch]]] = {
+    ("sm_90", "forward", 2): {
+        64: [Launch(128, 128, 8, 3, masked_stages=2, descriptors=True)],
+        128: [Launch(128, 64, 8, 3, masked_stages=2, descriptors=True),
+              Launch(128, 128, 8, 2, masked_stages=2, descriptors=True)],
+    },
+    ("sm_90", "backward_kv", 2): {
+        64: [Launch(64, 128, 8, 2, descriptors=True), Launch(32, 128, 8, 2, masked_stages=2, descriptors=True)],
+        128: [Launch(32, 128, 8, 2, masked_stages=2, descriptors=True), Launch(64, 128, 8, 2, descriptors=True)],
+    },
+    ("sm_90", "backward_q", 2): {
+        64: [Launch(128, 128, 8, 2, masked_stages=2, descriptors=True),
+             Launch(128, 64, 8, 3, masked_stages=2, descriptors=True)],
+        128: [Launch(128, 64, 8, 2, masked_stages=2, descriptors=True)],
+    },
+    ("sm_100", "backward_q", 2): {128: [Launch(128, 64, 8, 2, masked_stages=2, descriptors=True)]},
+}  # fmt: skip
+
+
+def measured_candidates(family: str, kernel: str, element_size: int, head_tile: int) -> list[Launch]:
+    """Return the launches that are candidates where they can be timed, and nowhere else."""
+    return _BY_DESCRIPTORS.get((family, kernel, element_size), {}).get(head_tile, [])
 
 
 def candidates(family: str, kernel: str, element_size: int, groups: int) -> dict[int, Launches]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.compile.aot import compile_case, problems  # before triton: it turns the interpreter off
-from bench.compile.candidates import FAMILIES, candidates
+from bench.compile.candidates import FAMILIES, candidates, measured_candidates
 from bench.compile.candidates import KERNELS as TABLES
 from bench.compile.launches import KERNELS, TARGETS, Case, Entry, Launch
 from bench.compile.table_file import Entries, Key, present, table_source
@@ -376,6 +376,8 @@ def main(arguments: list[str] | None = None) -> int:
     to_try = []
     for key in keys:
         found = [Launch(*one) for one in candidates(key.family, key.table, key.element_size, key.groups)[key.head_tile]]
+        if options.measure:
+            found += measured_candidates(*key[:4])
         first = [entry.launch for entry in entries[key]] if options.refresh else []
         to_try.append(list(dict.fromkeys([*first, *found])))
     written = Written(options.out, options.write, how)
