@@ -377,7 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
     for key in keys:
         found = [Launch(*one) for one in candidates(key.family, key.table, key.element_size, key.groups)[key.head_tile]]
         if options.measure:
-            found += measured_candidates(*key[:4])
+            found += measured_candidates(key.family, key.table, key.element_size, key.head_tile)
         first = [entry.launch for entry in entries[key]] if options.refresh else []
         to_try.append(list(dict.fromkeys([*first, *found])))
     written = Written(options.out, options.write, how)
