@@ -61,6 +61,8 @@ def sample(targets: Iterable[str]) -> list[Case]:
             found = [one for _, one in _distinct(case)]
             plain = case._replace(dtype="bf16", head_dim=64)
             cases += found or [one for _, one in _distinct(plain)]
+    for head_dim in (64, 128):  # of the most common call: warpgroup instructions
+        cases += [one for _, one in _distinct(Case("fused", "", "sm_90", "bf16", head_dim, 2, "full"))]
     return cases
 
 

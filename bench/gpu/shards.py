@@ -47,6 +47,10 @@ SHARDS = (
     *_split("test_properties.py", 4),
     *_split("test_torch_backend.py", 1),
     *_split("test_validation.py", 1),
+    *_split("test_forms.py", 4),
+    *_split("test_sparse_labels.py", 2),
+    *_split("test_devices.py", 1),
+    *_split("test_launches.py", 1),
 )
 # For a dry run, which interprets the kernels.
 TINY_SHARDS = _split("test_validation.py", 2, ("kernels", "memory", "flex", "training", "rows", "precision"))

@@ -18,7 +18,7 @@ from abft_kernels.triton import backward, descriptors, forward
 from abft_kernels.triton.launch import POINTERS, Forms, gpu_of, launch_config
 from abft_kernels.triton.launch_table import TABLE, Entry, Launch
 
-KERNELS = ("forward", "backward_kv", "backward_q")
+KERNELS = ("forward", "backward_kv", "backward_q", "backward_atomic")
 FORMS = {
     "pointers": Launch(32, 16, 4, 2, masked_stages=2),
     "descriptors": Launch(32, 16, 4, 2, masked_stages=2, descriptors=True),
