@@ -81,7 +81,7 @@ def test_kill_9(toy_prompts, toy_builder, tmp_path):
         deadline = time.monotonic() + 120
         # Killed a little after the next checkpoints have begun, wherever the run then is.
         while process.poll() is None and time.monotonic() < deadline:
-            if len(list(folder.glob("checkpoint-*"))) >= 4 * number:
+            if len(list(folder.glob("checkpoint-*"))) >= 3 * number:
                 time.sleep(pause)
                 process.send_signal(signal.SIGKILL)
                 break
