@@ -4,6 +4,7 @@ from .evaluation.label_attention import HeadStatistics as HeadStatistics
 from .evaluation.label_attention import head_statistics as head_statistics
 from .losses import HeadCountController as HeadCountController
 from .losses import abft_loss as abft_loss
+from .losses import share_loss as share_loss
 from .models.attention import enable as enable
 from .models.attention import is_enabled as is_enabled
 from .models.masses import attention_mass as attention_mass

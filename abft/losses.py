@@ -1,4 +1,4 @@
-"""The ABFT loss on attention masses, and the controllers of its penalty; pure tensor functions.
+"""The losses on attention masses, and the controller of the paper's penalty; pure tensor functions.
 
 Source: "Mechanistic Fine-tuning for In-context Learning" (arXiv 2505.14233), Eq. 1 (loss and filter), Eq. 3 (PID).
 
@@ -6,7 +6,16 @@ For a prompt with k demonstrations and n_t tokens of its own, and a head whose l
 correct labels I⁺ and m⁻ on the wrong ones I⁻:
 
     induction head  ⇔  S = m⁺ + m⁻ > T = k / (k + ln n_t)
-    L = A·m⁻ + B·(|I⁺| − m⁺)   for induction heads, 0 for the others
+    L = A·m⁻ + B·(|I⁺| − m⁺)   for induction heads, 0 for the others        (the paper's, `abft_loss`)
+    L = −log(m⁺ / S)           likewise, if I⁺ is not empty                  (the share, `share_loss`)
+
+The first falls when a head looks away from all labels, wherever A·m⁻ outweighs B·m⁺, and always if I⁺ is empty. The
+share cannot: with scores s_j of the row, m⁺ / S = Σ_{I⁺} e^{s_j} / Σ_I e^{s_j} holds the scores of labels alone, so its
+gradient with respect to the score of any other key is 0, and over the labels it sums to 0:
+
+    ∂L/∂s_j = P_j/S − [j ∈ I⁺]·P_j/m⁺   for j ∈ I,   0 elsewhere
+
+It moves score from wrong labels to correct ones, and the sum of the labels' scores stays as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +27,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ABFTLoss", "HeadCountController", "abft_loss", "induction_heads", "induction_threshold"]
+__all__ = ["ABFTLoss", "HeadCountController", "abft_loss", "induction_heads", "induction_threshold", "share_loss"]
 
 Adaption = Literal["PID", "P", "none"]
 
@@ -60,6 +69,7 @@ def abft_loss(
     correct_award: float = 1.0,
     head_filter: bool = True,
     per_head_mean: bool = False,
+    unmatched_weight: float = 1.0,
     row_weights: Tensor | None = None,
 ) -> ABFTLoss:
     """Compute Eq. 1: sum over layers and heads, mean over prompts.
@@ -76,24 +86,90 @@ def abft_loss(
         correct_award: B ≥ 0.
         head_filter: train induction heads only; off, every head.
         per_head_mean: divide the loss of each prompt, or row, by its number of selected heads.
+        unmatched_weight: weight of a prompt, or row, without a correct demonstration, where A·m⁻ acts alone; 1 in the
+            paper.
         row_weights: with R rows, `(B, R)`: a prompt's loss is the sum of its rows' losses with these weights. None for
             one row of weight 1.
 
     Raises:
-        ValueError: shapes that do not fit, or a negative A or B.
+        ValueError: shapes that do not fit, or a negative A, B or weight.
     """
     counts = (correct_demonstrations, demonstrations, prompt_lengths)
     masses = _stacked(masses, counts[0])
     _check_shapes(masses, counts, row_weights)
-    if wrong_penalty < 0 or correct_award < 0:
-        raise ValueError(f"A and B must not be negative, got A={wrong_penalty}, B={correct_award}")
+    if min(wrong_penalty, correct_award, unmatched_weight) < 0:
+        raise ValueError(
+            f"A, B and unmatched_weight must not be negative, got A={wrong_penalty}, B={correct_award}, "
+            f"unmatched_weight={unmatched_weight}"
+        )
     correct, wrong = masses.unbind(-1)
+    per_head = wrong_penalty * wrong + correct_award * (correct_demonstrations[:, None] - correct)
+    if unmatched_weight != 1:
+        matched = correct_demonstrations[:, None] > 0
+        per_head = per_head * torch.where(matched, 1.0, unmatched_weight)
+    return _reduce(per_head, masses, counts, head_filter, per_head_mean, row_weights)
+
+
+def share_loss(
+    masses: Tensor | Sequence[Tensor],
+    correct_demonstrations: Tensor,
+    demonstrations: Tensor,
+    prompt_lengths: Tensor,
+    *,
+    head_filter: bool = True,
+    per_head_mean: bool = False,
+    mass_floor: float = 0.0,
+    row_weights: Tensor | None = None,
+) -> ABFTLoss:
+    """Compute −log(m⁺ / (m⁺ + m⁻)) of each induction head: sum over layers and heads, mean over prompts.
+
+    Prompts, or rows, without a correct demonstration have no share: their loss is 0, and their heads still count.
+
+    Args:
+        masses, correct_demonstrations, demonstrations, prompt_lengths, head_filter, per_head_mean, row_weights: as for
+            :func:`abft_loss`.
+        mass_floor: λ ≥ 0: heads with S > T/2 also pay λ·max(0, T − S), which keeps induction heads above the filter's
+            threshold and lifts those that just miss it. The share itself does not hold S up: weights shared between
+            prompts may still lower it.
+
+    Raises:
+        ValueError: shapes that do not fit, or a negative floor.
+    """
+    counts = (correct_demonstrations, demonstrations, prompt_lengths)
+    masses = _stacked(masses, counts[0])
+    _check_shapes(masses, counts, row_weights)
+    if mass_floor < 0:
+        raise ValueError(f"mass_floor must not be negative, got {mass_floor}")
+    # Of a mass so small that the square of its inverse overflows, the gradient is 0.
+    tiny = torch.finfo(masses.dtype).tiny ** 0.5
+    total = masses.sum(dim=-1)
+    share = total.clamp(min=tiny).log() - masses[..., 0].clamp(min=tiny).log()
+    per_head = torch.where(correct_demonstrations[:, None] > 0, share, 0.0)
+    floor = None
+    if mass_floor:
+        threshold = induction_threshold(demonstrations, prompt_lengths)[:, None]
+        floor = mass_floor * (threshold - total).clamp(min=0) * (total.detach() > threshold / 2)
+    return _reduce(per_head, masses, counts, head_filter, per_head_mean, row_weights, floor)
+
+
+def _reduce(
+    per_head: Tensor,
+    masses: Tensor,
+    counts: tuple[Tensor, Tensor, Tensor],
+    head_filter: bool,
+    per_head_mean: bool,
+    row_weights: Tensor | None,
+    floor: Tensor | None = None,
+) -> ABFTLoss:
+    """Sum the losses of the heads that pass the filter, and the `floor` of every head, prompt by prompt."""
+    correct, wrong = masses.unbind(-1)
+    _, demonstrations, prompt_lengths = counts
     if head_filter:
         selected = induction_heads(masses, demonstrations, prompt_lengths)
     else:
         selected = torch.ones_like(correct, dtype=torch.bool)
-    per_head = wrong_penalty * wrong + correct_award * (correct_demonstrations[:, None] - correct)
-    per_prompt, head_counts = (per_head * selected).sum(dim=(0, 2)), selected.sum(dim=(0, 2))
+    summed = per_head * selected if floor is None else per_head * selected + floor
+    per_prompt, head_counts = summed.sum(dim=(0, 2)), selected.sum(dim=(0, 2))
     if per_head_mean:
         per_prompt = per_prompt / head_counts.clamp(min=1)
     weights = torch.ones_like(head_counts) if row_weights is None else row_weights
@@ -153,6 +229,9 @@ class HeadCountController:
     `adaption="P"` keeps the first term alone, `"none"` keeps A fixed. The count of step t is known once its loss
     is computed, so A_t is used from step t + 1 on. The state is plain data: save it with :meth:`state_dict`.
 
+    The gains are those of models with tens of induction heads: a model with three changes A by a tenth as much. With
+    `relative` the counts enter as shares of the first one, n̄_t / n̄_1, and the gains do not depend on the model.
+
     Raises:
         ValueError: an unknown adaption, or a negative A.
     """
@@ -162,10 +241,13 @@ class HeadCountController:
     proportional: float = 0.03
     integral: float = 0.005
     derivative: float = 0.005
+    relative: bool = False
     head_counts: list[float] = field(default_factory=list)
 
     # Below this share of its first value the count is called collapsed.
     COLLAPSE = 0.1
+    # From this share on it is called healthy.
+    HEALTHY = 0.5
 
     def __post_init__(self) -> None:
         if self.adaption not in ("PID", "P", "none"):
@@ -182,6 +264,8 @@ class HeadCountController:
             if self.adaption == "PID":
                 step += self.integral * (now - self.head_counts[0])
                 step += self.derivative * (now - 2 * last + before)
+            if self.relative:
+                step /= max(self.head_counts[0], 1e-6)
             self.wrong_penalty = max(0.0, self.wrong_penalty + step)
         return self.wrong_penalty
 
@@ -189,6 +273,11 @@ class HeadCountController:
     def collapsed(self) -> bool:
         """True if the count has fallen to a tenth of its first value or below, or never was above 0."""
         return bool(self.head_counts) and self.head_counts[-1] <= self.COLLAPSE * self.head_counts[0]
+
+    @property
+    def healthy(self) -> bool:
+        """True if the count is at least half of its first value."""
+        return bool(self.head_counts) and self.head_counts[-1] >= self.HEALTHY * self.head_counts[0]
 
     def state_dict(self) -> dict[str, float | list[float]]:
         """Return A and the counts as plain data."""

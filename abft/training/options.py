@@ -21,10 +21,15 @@ class TrainingOptions:
         correct_award: B, weight of the mass missing on correct labels.
         adaption: what steers A by the number of induction heads: `"PID"`, `"P"` or `"none"`.
         pid_proportional, pid_integral, pid_derivative: its factors Cp, Ci, Cd.
+        pid_relative: the head counts enter as shares of the first one, so that the factors fit models of any size.
+        unmatched_weight: weight of prompts in which no demonstration carries the gold label; 1 in the paper.
+        mass_floor: with the share loss, λ of the penalty λ·max(0, T − S) on heads with S > T/2.
         head_filter: train induction heads only.
         per_head_mean: divide a prompt's loss by its number of induction heads.
         restricted_gradient: a head's loss trains its own layer's W_Q and W_K alone: hidden states carry no gradient.
             Each layer's gradient is taken and freed inside the forward pass, at about the memory of inference.
+        stop_on_collapse: end training when the induction heads fall to a tenth of their first number, with the weights
+            of the last step that had half of them.
         lora: train LoRA adapters on the q and k projections instead of W_Q and W_K themselves.
         lora_r: rank of LoRA.
     """
@@ -38,10 +43,16 @@ class TrainingOptions:
     pid_proportional: float = field(default=0.03, metadata={"help": "Cp"})
     pid_integral: float = field(default=0.005, metadata={"help": "Ci"})
     pid_derivative: float = field(default=0.005, metadata={"help": "Cd"})
+    pid_relative: bool = field(default=False, metadata={"help": "count heads as shares of their first number"})
+    unmatched_weight: float = field(default=1.0, metadata={"help": "weight of prompts without a correct demonstration"})
+    mass_floor: float = field(default=0.0, metadata={"help": "with the share loss: penalty on heads below T"})
     head_filter: bool = field(default=True, metadata={"help": "train induction heads only"})
     per_head_mean: bool = field(default=False, metadata={"help": "divide by the number of induction heads"})
     restricted_gradient: bool = field(
         default=False, metadata={"help": "a head's loss trains its own layer alone, at the memory of inference"}
+    )
+    stop_on_collapse: bool = field(
+        default=False, metadata={"help": "end training when induction heads vanish, with the weights before it"}
     )
     lora: bool = field(default=False, metadata={"help": "train LoRA adapters on q and k instead of W_Q and W_K"})
     lora_r: int = field(default=16, metadata={"help": "rank of LoRA"})

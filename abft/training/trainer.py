@@ -35,6 +35,7 @@ from abft.training.checks import (
     check_trained,
     out_of_memory_advice,
 )
+from abft.training.collapse import StopOnCollapse
 from abft.training.config import ABFTConfig
 from abft.training.objectives.objective import Objective
 from abft.training.objectives.objective_registry import objective_of
@@ -103,6 +104,8 @@ class ABFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.steps = HeadCountState(self.objective, args, self.accelerator)
         self.add_callback(self.steps)
+        if args.stop_on_collapse:
+            self.add_callback(StopOnCollapse(self.objective))
 
     # --- loss ---------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from abft.losses import HeadCountController, abft_loss, induction_heads, induction_threshold
+from abft.losses import HeadCountController, abft_loss, induction_heads, induction_threshold, share_loss
 
 # Two layers, two prompts, two heads; (correct, wrong) mass of each. Prompt 0 has 2 correct demonstrations of 4
 # and 55 tokens: T = 4 / (4 + ln 55) = 0.49954. Prompt 1 has none of 4, and 20 tokens: T = 0.57178.
@@ -200,3 +200,101 @@ def test_controller_errors():
         HeadCountController(adaption="PI")
     with pytest.raises(ValueError, match="A must not be negative, got -1"):
         HeadCountController(-1.0)
+
+
+# --- the share ------------------------------------------------------------------------------------------------
+
+
+def share_of(masses=MASSES, **options):
+    return share_loss(masses, CORRECT, SHOTS, LENGTHS, **options)
+
+
+def test_share_is_the_logarithm_over_both_masses():
+    result = share_of()
+    # Prompt 0: heads 0.30 of 0.55 and 0.45 of 0.50. Prompt 1 has no correct demonstration: nothing to move to.
+    want = -math.log(0.30 / 0.55) - math.log(0.45 / 0.50)
+    torch.testing.assert_close(result.per_prompt, torch.tensor([want, 0.0], dtype=torch.float64))
+    assert torch.equal(result.selected, SELECTED)
+    assert result.head_counts.tolist() == [2, 2]
+
+
+def _masses_of(scores):
+    """Masses on keys 0, 1 (correct) and 2, 3 (wrong) of a row of six keys, of one layer, prompt and head."""
+    probabilities = scores.softmax(-1)
+    return torch.stack([probabilities[:2].sum(), probabilities[2:4].sum()])[None, None, None]
+
+
+ONE_PROMPT = (torch.tensor([2]), torch.tensor([4]), torch.tensor([6]))
+
+
+def test_share_does_not_fall_by_looking_away():
+    """Its gradient with respect to the scores is P_j/S − P_j/m⁺, sums to 0 over labels, and is 0 elsewhere."""
+    scores = torch.tensor([1.0, -0.5, 2.0, 0.3, 1.5, -1.0], dtype=torch.float64, requires_grad=True)
+    share_loss(_masses_of(scores), *ONE_PROMPT, head_filter=False).loss.backward()
+    probabilities = scores.detach().softmax(-1)
+    total, correct = probabilities[:4].sum(), probabilities[:2].sum()
+    want = probabilities / total - torch.where(torch.arange(6) < 2, probabilities / correct, 0.0)
+    want[4:] = 0
+    torch.testing.assert_close(scores.grad, want)
+    assert scores.grad.sum().abs() < 1e-12
+
+    paper = scores.detach().requires_grad_()
+    abft_loss(_masses_of(paper), *ONE_PROMPT, head_filter=False, wrong_penalty=3.0).loss.backward()
+    assert (paper.grad[4:] < 0).all()  # a step raises the scores of other keys: it looks away
+
+
+LARGEST = math.log(0.9) - 0.5 * math.log(torch.finfo(torch.float32).tiny)
+
+
+@pytest.mark.parametrize(
+    ("masses", "want"), [((0.0, 0.9), LARGEST), ((1e-30, 0.9), LARGEST), ((0.9, 0.0), 0.0), ((0.0, 0.0), 0.0)]
+)
+def test_share_of_vanishing_masses_is_finite(masses, want):
+    given = torch.tensor(masses)[None, None, None].requires_grad_()
+    loss = share_loss(given, *ONE_PROMPT, head_filter=False).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(want, abs=1e-3)
+    assert given.grad.isfinite().all()
+
+
+def test_floor_holds_heads_above_the_threshold():
+    """T = 0.49954 for prompt 0. Of its heads outside of the filter only S = 0.45 is above T/2; 0.30 too."""
+    masses = MASSES.clone().requires_grad_()
+    floored = share_of(masses, mass_floor=2.0)
+    threshold = float(induction_threshold(SHOTS, LENGTHS)[0])
+    missing = 2.0 * ((threshold - 0.30) + (threshold - 0.45))
+    assert (floored.per_prompt - share_of().per_prompt)[0].item() == pytest.approx(missing, abs=1e-6)
+    floored.loss.backward()
+    assert masses.grad[0, 0, 1].tolist() == [-1.0, -1.0]  # λ over two prompts
+    assert masses.grad[1, 1, 1].tolist() == [0.0, 0.0]  # S = 0.1 is below T/2
+
+
+def test_share_of_rows_equals_that_of_prompts():
+    rows = [count[:, None] for count in (CORRECT, SHOTS, LENGTHS)]
+    by_row = share_loss(MASSES[:, :, :, None], *rows, row_weights=torch.ones(2, 1), mass_floor=0.5)
+    torch.testing.assert_close(by_row.per_prompt, share_of(mass_floor=0.5).per_prompt)
+
+
+def test_unmatched_prompts_are_weighted():
+    whole, left_out, half = (loss_of(unmatched_weight=weight).per_prompt for weight in (1.0, 0.0, 0.5))
+    assert left_out.tolist() == [whole[0], 0.0]
+    torch.testing.assert_close(half[1], whole[1] / 2)
+
+
+@pytest.mark.parametrize(("loss", "option"), [(share_loss, "mass_floor"), (abft_loss, "unmatched_weight")])
+def test_negative_weights_are_refused(loss, option):
+    with pytest.raises(ValueError, match=f"{option}.*-1"):
+        loss(MASSES, CORRECT, SHOTS, LENGTHS, **{option: -1.0})
+
+
+def test_relative_counts_make_the_gains_independent_of_the_model():
+    small, large = (HeadCountController(0.5, relative=True) for _ in range(2))
+    for count in (4.0, 5.0, 3.0, 6.0):
+        small.update(count)
+        large.update(25 * count)
+    assert small.wrong_penalty == pytest.approx(large.wrong_penalty)
+    assert small.wrong_penalty != 0.5
+    absolute = HeadCountController(0.5)
+    for count in (1.0, 1.25, 0.75, 1.5):
+        absolute.update(count)
+    assert small.wrong_penalty == pytest.approx(absolute.wrong_penalty)

@@ -1,65 +1,52 @@
-"""ABFT: the attention loss of arXiv 2505.14233 with its penalty steered by the number of induction heads."""
+"""The objectives on label masses: ABFT's loss (arXiv 2505.14233) with its steered penalty, and the share loss."""
 
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from abft.losses import HeadCountController, abft_loss
+from abft.losses import ABFTLoss, HeadCountController, abft_loss, share_loss
 from abft.training.objectives.objective import Batch, MassObjective, SampleLosses
 from abft.training.options import TrainingOptions
 
-__all__ = ["AttentionBehavior"]
+__all__ = ["AttentionBehavior", "LabelShare"]
 
 
-class AttentionBehavior(MassObjective):
-    """The ABFT loss (:func:`abft.abft_loss`); a controller sets A after each optimizer step.
+class _LabelMass(MassObjective):
+    """A loss on the masses of label tokens, which counts induction heads; a subclass computes :meth:`loss`.
 
     Attributes:
         controller: holds A and the induction heads per prompt of each step.
     """
 
-    name = "abft"
-    description = "attention mass on correct labels (the paper's method)"
-
     def __init__(self, options: TrainingOptions) -> None:
         super().__init__(options)
-        self.controller = HeadCountController(
-            options.wrong_penalty,
-            options.adaption,
-            options.pid_proportional,
-            options.pid_integral,
-            options.pid_derivative,
-        )
+        self.controller = self.make_controller(options)
         self._warned = False
 
-    @classmethod
-    def plan_modes(cls) -> dict[str, bool]:
-        return {"full": False, "restricted": True}
+    @abstractmethod
+    def make_controller(self, options: TrainingOptions) -> HeadCountController:
+        """Return what records the head counts, and steers A where there is one."""
 
-    @classmethod
-    def check_options(cls, options: TrainingOptions) -> None:
-        super().check_options(options)
-        for name in ("wrong_penalty", "correct_award"):
-            if getattr(options, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(options, name)}")
+    @abstractmethod
+    def loss(self, masses: Sequence[Tensor], *counts: Tensor, **shared: Any) -> ABFTLoss:
+        """Compute the loss; arguments as of :func:`abft.abft_loss`."""
 
     @classmethod
     def mixing(cls, options: TrainingOptions) -> tuple[str, ...]:
         return ("per_head_mean",) if options.per_head_mean else ()
 
     def losses(self, outputs: Sequence[Tensor], batch: Batch) -> SampleLosses:
-        result = abft_loss(
+        result = self.loss(
             outputs,
             batch["correct_demonstrations"],
             batch["demonstrations"],
             batch["prompt_lengths"],
-            wrong_penalty=self.controller.wrong_penalty,
-            correct_award=self.options.correct_award,
             head_filter=self.options.head_filter,
             per_head_mean=self.options.per_head_mean,
             row_weights=batch.get("row_weights"),
@@ -73,17 +60,23 @@ class AttentionBehavior(MassObjective):
         return SampleLosses(result.per_prompt, statistics)
 
     def end_step(self, sums: Mapping[str, float], samples: float) -> dict[str, float]:
-        used_penalty = self.controller.wrong_penalty
         head_count = sums["heads"] / samples
         self.controller.update(head_count)
         self._warn_of_collapse(head_count)
         heads = max(sums["heads"], 1.0)
         return {
             "induction_heads": head_count,
-            "wrong_penalty": used_penalty,
             "mass_correct": sums["mass_correct"] / heads,
             "mass_wrong": sums["mass_wrong"] / heads,
         }
+
+    @property
+    def collapsed(self) -> bool:
+        return self.controller.collapsed
+
+    @property
+    def healthy(self) -> bool:
+        return self.controller.healthy
 
     def _warn_of_collapse(self, head_count: float) -> None:
         """Warn once if hardly any head passes the filter."""
@@ -93,7 +86,8 @@ class AttentionBehavior(MassObjective):
         first = self.controller.head_counts[0]
         warnings.warn(
             f"step {len(self.controller.head_counts)}: induction heads per prompt fell from {first:.2f} to "
-            f"{head_count:.2f}; attention is collapsing. Lower the learning rate (now {self.options.learning_rate:g})"
+            f"{head_count:.2f}; attention is collapsing. Lower the learning rate (now {self.options.learning_rate:g}), "
+            "or stop and go back to the weights before it with stop_on_collapse=True"
             if first
             else "no head passes the induction-head filter, so nothing is trained: this model does not look at label "
             "tokens, or at the keys of targets. Use a larger model, more demonstrations, or head_filter=False",
@@ -105,3 +99,64 @@ class AttentionBehavior(MassObjective):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.controller.load_state_dict(dict(state))
+
+
+class AttentionBehavior(_LabelMass):
+    """The ABFT loss (:func:`abft.abft_loss`); a controller sets A after each optimizer step."""
+
+    name = "abft"
+    description = "attention mass on correct labels (the paper's loss)"
+
+    def make_controller(self, options: TrainingOptions) -> HeadCountController:
+        return HeadCountController(
+            options.wrong_penalty,
+            options.adaption,
+            options.pid_proportional,
+            options.pid_integral,
+            options.pid_derivative,
+            options.pid_relative,
+        )
+
+    @classmethod
+    def plan_modes(cls) -> dict[str, bool]:
+        return {"full": False, "restricted": True}
+
+    @classmethod
+    def check_options(cls, options: TrainingOptions) -> None:
+        super().check_options(options)
+        for name in ("wrong_penalty", "correct_award", "unmatched_weight"):
+            if getattr(options, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(options, name)}")
+
+    def loss(self, masses: Sequence[Tensor], *counts: Tensor, **shared: Any) -> ABFTLoss:
+        return abft_loss(
+            masses,
+            *counts,
+            wrong_penalty=self.controller.wrong_penalty,
+            correct_award=self.options.correct_award,
+            unmatched_weight=self.options.unmatched_weight,
+            **shared,
+        )
+
+    def end_step(self, sums: Mapping[str, float], samples: float) -> dict[str, float]:
+        used_penalty = self.controller.wrong_penalty
+        return {**super().end_step(sums, samples), "wrong_penalty": used_penalty}
+
+
+class LabelShare(_LabelMass):
+    """The share loss (:func:`abft.share_loss`): attention moves from wrong labels to correct ones."""
+
+    name = "share"
+    description = "share of correct labels in the attention on labels, -log(m+ / (m+ + m-))"
+
+    def make_controller(self, options: TrainingOptions) -> HeadCountController:
+        return HeadCountController(0.0, "none")
+
+    @classmethod
+    def check_options(cls, options: TrainingOptions) -> None:
+        super().check_options(options)
+        if options.mass_floor < 0:
+            raise ValueError(f"mass_floor must not be negative, got {options.mass_floor}")
+
+    def loss(self, masses: Sequence[Tensor], *counts: Tensor, **shared: Any) -> ABFTLoss:
+        return share_loss(masses, *counts, mass_floor=self.options.mass_floor, **shared)

@@ -113,6 +113,16 @@ class Objective(ABC):
         """
         return {}
 
+    @property
+    def collapsed(self) -> bool:
+        """True if training has destroyed what the loss acts on, so that further steps do harm."""
+        return False
+
+    @property
+    def healthy(self) -> bool:
+        """True if the weights of the last step are worth going back to after a collapse."""
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a checkpoint keeps, as plain data."""
         return {}
