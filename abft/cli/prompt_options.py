@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from abft.models.options import ModelOptions
+
 __all__ = ["PromptOptions"]
 
 
 @dataclass(kw_only=True)
-class PromptOptions:
+class PromptOptions(ModelOptions):
     """The model, and how its prompts are made."""
 
-    model: str = field(metadata={"help": "base model: a local folder or a name on the Hugging Face Hub"})
     task: str | None = field(default=None, metadata={"help": "built-in template and label words, such as SST2 or 0"})
     labels: list[str] | None = field(
         default=None,

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoConfig
 
 from abft.demo.corpus import DEMO_TASKS, demo_splits
 from abft.demo.run import MODEL as DEMO_MODEL
@@ -29,7 +28,8 @@ from abft.experiments.card import write_card
 from abft.experiments.methods import METHODS, Method, resolve_methods
 from abft.experiments.runs import EXPERIMENT, FORMAT_VERSION, Run, RunKey, check_writable, read_experiment, read_run
 from abft.files import write_json
-from abft.models.loading import context_of, default_device, load_base, load_tokenizer, loading_arguments
+from abft.models.loading import context_of, default_device, load_base, load_config, load_tokenizer, loading_arguments
+from abft.models.options import MODEL_HELP, ModelOptions
 from abft.models.weights import from_pretrained
 from abft.prompts.builder import PromptSet, sample_prompts
 from abft.prompts.tasks import get_task
@@ -49,10 +49,10 @@ def _help(text: str) -> dict[str, str]:
 
 
 @dataclass(kw_only=True)
-class RunOptions:
+class RunOptions(ModelOptions):
     """The runs of an experiment: model, data, methods, tests, and what is kept."""
 
-    model: str = field(metadata=_help("base model: a local folder, a name on the Hub, or demo for the built-in one"))
+    model: str = field(metadata=_help(f"base model: {MODEL_HELP}; demo for the built-in one"))
     output_dir: str = field(
         metadata=_help("folder of the runs; what it already holds is kept, and an interrupted run resumes")
     )
@@ -159,7 +159,7 @@ class Experiment:
         """
         options = self.options
         tokenizer = load_tokenizer(self.model)
-        length = context_of(AutoConfig.from_pretrained(self.model))
+        length = context_of(load_config(self.model))
         suites = {
             name: TaskSuite(data, tokenizer, options.k, length, options.limit, options.staicc_compat)
             for name, data in self.data.items()

@@ -7,11 +7,20 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 import abft.models.attention as _adapter
+from abft.models.gguf import is_gguf, model_folder, read_gguf_config
 
-__all__ = ["context_of", "default_device", "load_base", "load_tokenizer", "loading_arguments"]
+__all__ = [
+    "context_of",
+    "default_device",
+    "load_base",
+    "load_causal_lm",
+    "load_config",
+    "load_tokenizer",
+    "loading_arguments",
+]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -46,20 +55,41 @@ def loading_arguments(dtype: str = "auto", load_in_4bit: bool = False) -> dict[s
     return {"dtype": computing, "quantization_config": config, "device_map": {"": device}}
 
 
-def load_base(model: str, *, dtype: str = "auto", load_in_4bit: bool = False, **more: Any) -> Any:
-    """Load the causal language model of a folder or a name on the Hub; `more` goes to `from_pretrained`.
+def load_causal_lm(model: str, **arguments: Any) -> Any:
+    """Load the causal language model of a folder, a GGUF file or a name on the Hub.
+
+    Args:
+        model: where it is (see :func:`abft.models.gguf.model_folder`); trained weights name it as their base.
+        arguments: handed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        ValueError, OSError: as :func:`loading_arguments`; there is no such model.
+        ValueError, OSError: as :func:`abft.models.gguf.model_folder`; there is no such model.
     """
-    return AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(model_folder(model), **arguments)
+    if is_gguf(model):
+        loaded.name_or_path = loaded.config.name_or_path = model
+    return loaded
+
+
+def load_base(model: str, *, dtype: str = "auto", load_in_4bit: bool = False, **more: Any) -> Any:
+    """Load a base model on the `"abft"` attention; `more` goes to `from_pretrained`.
+
+    Raises:
+        ValueError, OSError: as :func:`loading_arguments` and :func:`load_causal_lm`.
+    """
+    return load_causal_lm(
         model, attn_implementation=_adapter.ATTENTION, **loading_arguments(dtype, load_in_4bit), **more
     )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer."""
-    return AutoTokenizer.from_pretrained(model)
+    return AutoTokenizer.from_pretrained(model_folder(model))
+
+
+def load_config(model: str) -> Any:
+    """Load the model's configuration, without its weights."""
+    return read_gguf_config(model) if is_gguf(model) else AutoConfig.from_pretrained(model)
 
 
 def context_of(config: Any) -> int | None:

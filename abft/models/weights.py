@@ -18,10 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import abft.models.attention as _adapter
 from abft.files import whole, write_json
+from abft.models.loading import load_causal_lm, load_tokenizer
 from abft.models.projections import TrainedParameter, find_qk
 
 __all__ = ["from_pretrained", "is_trained_folder", "load_trained", "merge", "save_trained"]
@@ -172,7 +173,7 @@ def from_pretrained(
         if not base_model:
             raise ValueError(f"{folder} does not name its base model; pass base_model=")
     kwargs.setdefault("attn_implementation", _adapter.ATTENTION)
-    model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
+    model = load_causal_lm(str(base_model), **kwargs)
     return load_trained(model, folder)
 
 
@@ -196,4 +197,4 @@ def merge(
     with whole(output_dir) as temporary:
         model.save_pretrained(temporary)
         with suppress(OSError, ValueError):  # a base without a tokenizer is merged all the same
-            AutoTokenizer.from_pretrained(base_model).save_pretrained(temporary)
+            load_tokenizer(base_model).save_pretrained(temporary)

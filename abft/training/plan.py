@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from abft.models.attention import ATTENTION, check_architecture
-from abft.models.loading import context_of
+from abft.models.loading import context_of, load_config
 from abft.models.masses import layer_masses
 from abft.models.projections import lora_qk, train_qk
 from abft.training.objectives.objective import Objective
@@ -205,7 +205,7 @@ def plan(
             f"context (2 or more), gpus (1 or more) and gpu_memory (GiB) must be positive, got {context}, {gpus} and "
             f"{gpu_memory}"
         )
-    config = AutoConfig.from_pretrained(model)
+    config = load_config(model)
     limit = context_of(config) or 1 << 20
     run = _modes()[mode]
     if context > limit:

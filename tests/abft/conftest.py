@@ -21,6 +21,7 @@ from abft.demo.run import MODEL
 from abft.evaluation.staicc import TaskData
 from abft.evaluation.suites import TESTS
 from abft.experiments.experiment import Experiment, ExperimentOptions
+from abft.models import gguf
 from abft.models.loading import load_base
 from abft.prompts.builder import PromptBuilder, PromptSet, sample_prompts
 from abft.prompts.examples import Example
@@ -97,6 +98,15 @@ def files(tmp_path_factory):
             writer.writeheader()
             writer.writerows(some)
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_model() -> str:
+    """SmolLM2-135M-Instruct as a folder; the test is skipped without the package that holds it."""
+    try:
+        return gguf.model_folder(gguf.SMOLLM2)
+    except (OSError, ValueError) as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

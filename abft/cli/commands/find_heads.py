@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abft.cli.command import Command, sourced, write_note
+from abft.models.options import ModelOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,10 +18,9 @@ _DEPTHS = tuple(step / 10 for step in range(11))
 
 
 @dataclass(kw_only=True)
-class HeadOptions:
+class HeadOptions(ModelOptions):
     """Find induction heads on random tokens that repeat, and retrieval heads on a needle in a haystack."""
 
-    model: str = field(metadata={"help": "a local folder or a name on the Hugging Face Hub"})
     tokens: int = field(default=8192, metadata={"help": "length of the context"})
     samples: int = field(default=4, metadata={"help": "repeated texts to average over"})
     haystack: str | None = field(default=None, metadata={"help": "text file to hide the needle in; repeated if short"})

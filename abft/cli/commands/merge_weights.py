@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from abft.cli.command import Command
+from abft.models.options import ModelOptions
 
 __all__ = ["COMMAND", "MergeOptions"]
 
 
 @dataclass(kw_only=True)
-class MergeOptions:
+class MergeOptions(ModelOptions):
     """Merge trained weights into their base."""
 
-    model: str = field(metadata={"help": "base model: a local folder or a name on the Hugging Face Hub"})
     trained: str = field(metadata={"help": "folder that `abft train` wrote"})
     output_dir: str = field(metadata={"help": "folder to write; must not exist"})
     dtype: str = field(default="auto", metadata={"help": "float32, bfloat16 or float16; auto: the model's own"})

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from abft.cli.command import Command
+from abft.models.options import ModelOptions
 
 __all__ = ["COMMAND", "PlanOptions"]
 
 
 @dataclass(kw_only=True)
-class PlanOptions:
+class PlanOptions(ModelOptions):
     """Estimate memory of a run on some GPUs."""
 
-    model: str = field(metadata={"help": "model folder, its config.json, or a name on the Hugging Face Hub"})
     context: int = field(default=2048, metadata={"help": "tokens of one pass: of a prompt, or of packed prompts"})
     mode: str = field(default="full", metadata={"help": "full or restricted gradients, e2e, or inference (evaluation)"})
     precision: str = field(default="bfloat16", metadata={"help": "of the base: float32, bfloat16, float16 or nf4"})
@@ -30,7 +30,9 @@ def run(options: PlanOptions) -> int:
 
     from abft.training.plan import plan
 
-    result = plan(**asdict(options))
+    arguments = asdict(options)
+    del arguments["gguf_file"]  # it is part of the model's name by now
+    result = plan(**arguments)
     Console(width=110).print(*result.tables(), sep="\n")
     return 0 if result.fits else 1
 
