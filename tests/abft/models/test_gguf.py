@@ -1,6 +1,7 @@
 """GGUF files: unpacked to what was written into them, named as the base, and refused with the reason."""
 
 import json
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -53,7 +54,7 @@ def test_unpacked_equals_what_was_written(file):
 
 def test_the_folder_is_ordinary_and_made_once(file, monkeypatch):
     folder = model_folder(file)
-    assert "quantization_config" not in json.loads(open(f"{folder}/config.json").read())
+    assert "quantization_config" not in json.loads((Path(folder) / "config.json").read_text())
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
     monkeypatch.setattr(module, "_unpack", None)
     assert model_folder(file) == folder
@@ -179,8 +180,9 @@ def test_an_unpacked_folder_is_whole_or_absent(file, cache, monkeypatch):
         (folder / "config.json").write_text("{}")
         raise RuntimeError("killed")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+    with monkeypatch.context() as patch:
         patch.setattr(module, "_unpack", fail)
-        model_folder(file)
+        with pytest.raises(RuntimeError, match="killed"):
+            model_folder(file)
     assert not list(cache.rglob("config.json"))
     assert AutoConfig.from_pretrained(model_folder(file)).num_hidden_layers == 2
