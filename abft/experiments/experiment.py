@@ -32,6 +32,7 @@ from abft.models.loading import context_of, default_device, load_base, load_conf
 from abft.models.options import MODEL_HELP, ModelOptions
 from abft.models.weights import from_pretrained
 from abft.prompts.builder import PromptSet, sample_prompts
+from abft.prompts.notes import prompt_notes
 from abft.prompts.tasks import get_task
 from abft.provenance import peak_memory, provenance, reset_peak_memory
 from abft.training.config import ABFTConfig
@@ -259,6 +260,8 @@ class Experiment:
         for name, data in self.data.items():
             sizes = [len(part) for part in (data.train, data.demonstrations, data.queries)]
             console.print("{}: {:,} to train on, {:,} demonstrations, {:,} queries".format(name, *sizes))
+        for note in prompt_notes(suite.builder for suite in self.suites.values()):
+            console.print(f"note: {note}", highlight=False)
         runs = []
         for number, key in enumerate(self.keys, 1):
             label = f"[{number}/{len(self.keys)}] {METHODS[key.method].title}, {key.task}"

@@ -153,6 +153,11 @@ class PromptBuilder:
         ]
         self.label_token_ids = self._first_label_tokens()
 
+    @property
+    def label_tokens(self) -> dict[str, list[int]]:
+        """The tokens of each label word, as they stand in a prompt."""
+        return dict(zip(self.task.labels, self._labels, strict=True))
+
     def build(self, demonstrations: Sequence[Example], query: Example) -> Prompt:
         """Build one prompt; without demonstrations it is zero-shot.
 

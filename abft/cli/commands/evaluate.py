@@ -52,6 +52,7 @@ def run(options: EvalOptions) -> int:
     from abft.models.weights import is_trained_folder
     from abft.plots import head_figure, metrics_table
     from abft.prompts.builder import sample_prompts
+    from abft.prompts.notes import prompt_notes
 
     for folder in options.trained:
         if not is_trained_folder(folder):
@@ -62,6 +63,8 @@ def run(options: EvalOptions) -> int:
     base = load_base(options.model, dtype=options.dtype, load_in_4bit=options.load_in_4bit)
     builder = options.make_builder(base, labels)
     prompts = sample_prompts(builder, queries, pool, options.k, options.prompt_seed)
+    for note in prompt_notes([builder]):
+        Console().print(f"note: {note}", highlight=False)
 
     runs: dict[str, dict[str, Any]] = {}
     statistics = {}

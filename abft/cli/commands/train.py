@@ -74,6 +74,7 @@ def run(options: TrainOptions, config: ABFTConfig) -> int:
     from abft.models.loading import load_base
     from abft.plots import training_figure
     from abft.prompts.builder import sample_prompts
+    from abft.prompts.notes import prompt_notes
     from abft.training.fit import fit
 
     _check(options, config)
@@ -86,6 +87,8 @@ def run(options: TrainOptions, config: ABFTConfig) -> int:
     builder = options.make_builder(model, labels)
     prompts = sample_prompts(builder, queries, pool, options.k, options.prompt_seed)
     console = Console()
+    for note in prompt_notes([builder]):
+        console.print(f"note: {note}", highlight=False)
     done = fit(
         model,
         config,
