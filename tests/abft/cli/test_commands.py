@@ -11,8 +11,8 @@ from abft.cli.command import Command
 from abft.cli.commands import COMMANDS
 from abft.cli.main import main, usage
 
-NAMES = ["doctor", "train", "eval", "experiment", "analyze", "report", "compare", "heads", "prototype", "plan", "merge",
-         "demo"]  # fmt: skip
+NAMES = ["doctor", "train", "eval", "experiment", "reproduce", "analyze", "report", "compare", "heads",
+         "prototype", "plan", "merge", "demo"]  # fmt: skip
 
 
 def test_usage_names_every_command_once():
