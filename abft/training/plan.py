@@ -215,9 +215,10 @@ def plan(
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=DTYPES[precision])
         check_architecture(base)
-        whole: Any = lora_qk(base, r=lora_r) if lora else base
+        head = run.objective is not None and run.objective.trains_head
+        whole: Any = lora_qk(base, r=lora_r, head=head) if lora else base
     if not lora:
-        train_qk(base)
+        train_qk(base, head=head)
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole.to_empty(device="cpu")
         whole.train(run.objective is not None)

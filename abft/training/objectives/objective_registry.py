@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abft.training.objectives.attention_behavior import AttentionBehavior
-from abft.training.objectives.end_to_end import EndToEnd
+from abft.training.objectives.end_to_end import EndToEnd, EndToEndProjections
 from abft.training.objectives.objective import Objective
 
 __all__ = ["DEFAULT", "OBJECTIVES", "objective_of", "plan_modes", "register"]
 
-OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (AttentionBehavior, EndToEnd)}
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective for objective in (AttentionBehavior, EndToEnd, EndToEndProjections)
+}
 DEFAULT = AttentionBehavior.name
 
 
