@@ -266,7 +266,7 @@ def find_kv(model: PreTrainedModel) -> list[TrainedParameter]:
     return found
 
 
-def _head(model: PreTrainedModel) -> tuple[str, nn.Module]:
+def _head(model: PreTrainedModel) -> tuple[str, Any]:
     """Return name and module of the LM head.
 
     Raises:
@@ -298,7 +298,8 @@ def untie_head(model: PreTrainedModel) -> None:
     name, head = _head(model)
     if head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
-    model.all_tied_weights_keys.pop(f"{name}.weight", None)
+    tied: Any = model.all_tied_weights_keys
+    tied.pop(f"{name}.weight", None)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
 

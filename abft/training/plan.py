@@ -185,8 +185,8 @@ def plan(
     Args:
         model: model folder, its `config.json`, or a name on the Hugging Face Hub.
         context: tokens of a pass.
-        mode: `"full"` or `"restricted"` gradients of ABFT, `"e2e"`, `"inference"` (evaluation), or a mode of an
-            objective that was registered; see :func:`modes`.
+        mode: `"full"` or `"restricted"` gradients of ABFT, `"e2e"`, `"e2e_qk"`, `"inference"` (evaluation), or a mode
+            of an objective that was registered; see :func:`modes`.
         precision: of the base: `"float32"`, `"bfloat16"`, `"float16"`, or `"nf4"` (with LoRA).
         lora, lora_r: adapters on q and k in place of W_Q and W_K; their rank.
         gradient_checkpointing: recompute each layer in the backward pass.

@@ -1,4 +1,4 @@
-"""E2E, the paper's baseline, and E2E without the LM head: cross-entropy of the gold label token at the last position."""
+"""E2E, the paper's baseline, with and without the LM head: cross-entropy of the gold label token."""
 
 from __future__ import annotations
 
