@@ -296,7 +296,8 @@ def untie_head(model: PreTrainedModel) -> None:
     `save_pretrained` writes both.
     """
     name, head = _head(model)
-    if head.weight is model.get_input_embeddings().weight:
+    embeddings: Any = model.get_input_embeddings()
+    if head.weight is embeddings.weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
     tied: Any = model.all_tied_weights_keys
     tied.pop(f"{name}.weight", None)
