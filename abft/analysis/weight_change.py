@@ -1,6 +1,6 @@
 """The distance that training moved W_Q and W_K, and the plane between two trained models.
 
-Source: arXiv 2505.14233, Fig. 7 and Eq. 2.
+Source: arXiv 2505.14233, appendix B for the distance, Fig. 7 and Eq. 2 for the plane.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abft.evaluation.classification import evaluate
-from abft.models.projections import find_qk
+from abft.models.projections import find_head, find_parts, find_qk, untie_head
 from abft.models.weights import from_pretrained
 from abft.prompts.builder import PromptSet
 
-__all__ = ["mode_connectivity", "moved", "qk_difference", "weight_distance"]
+__all__ = ["mode_connectivity", "moved", "trained_difference", "weight_shift"]
 
 
-def _trained_parts(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return W_Q and W_K by name, as views of the model's own parameters."""
-    parameters = dict(model.named_parameters())
-    return {item.name: item.view(parameters[item.name].detach()) for item in find_qk(model)}
+def _trained_parts(model: PreTrainedModel, head: bool) -> dict[str, Tensor]:
+    """Return W_Q, W_K and, if asked for, the LM head by name, as views of the model's own parameters."""
+    items = find_qk(model) + (find_head(model) if head else [])
+    return {item.name: item.view(model.get_parameter(item.name).detach()) for item in items}
 
 
-def qk_difference(base: PreTrainedModel, folder: str | os.PathLike[str], **loading: Any) -> dict[str, Tensor]:
-    """Return what training added to W_Q and W_K: name → difference, in the base's shapes, fp32 on its device.
+def trained_difference(base: PreTrainedModel, folder: str | os.PathLike[str], **loading: Any) -> dict[str, Tensor]:
+    """Return what training added to W_Q, W_K and the LM head: name → difference, in the base's shapes, fp32.
+
+    The tensors lie on the base's device. The head is left out where training did not move it.
 
     Args:
         base: the model that was trained, on the `"abft"` attention; not quantized.
-        folder: written by `abft train`: W_Q and W_K in full, or adapters, which are merged here.
+        folder: written by `abft train`: weights in full, or adapters, which are merged here.
         loading: arguments for `from_pretrained` of the trained model.
 
     Raises:
@@ -44,42 +46,65 @@ def qk_difference(base: PreTrainedModel, folder: str | os.PathLike[str], **loadi
     trained = from_pretrained(folder, base.config.name_or_path, **loading)
     if isinstance(trained, PeftModel):
         trained = trained.merge_and_unload()
-    before, after = _trained_parts(base), _trained_parts(trained)
-    return {name: after[name].to(tensor.device, torch.float32) - tensor.float() for name, tensor in before.items()}
+    before, after = _trained_parts(base, head=True), _trained_parts(trained, head=True)
+    found = {name: after[name].to(tensor.device, torch.float32) - tensor.float() for name, tensor in before.items()}
+    head = {item.name for item in find_head(base)}
+    return {name: tensor for name, tensor in found.items() if name not in head or tensor.any()}
 
 
-def weight_distance(base: PreTrainedModel, difference: Mapping[str, Tensor]) -> Tensor:
-    """Return the relative distance by layer, `(L,)` fp32: ‖ΔW‖ / ‖W‖, Frobenius norms over the layer's W_Q and W_K.
+def weight_shift(base: PreTrainedModel, difference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return how far training moved W_Q and W_K, by layer, in Frobenius norms, each `(L,)` fp32 on the CPU.
 
     Args:
         base: the untrained model.
-        difference: returned by :func:`qk_difference`.
+        difference: returned by :func:`trained_difference`.
+
+    Returns:
+        `q` and `k`, ‖ΔW_Q‖ and ‖ΔW_K‖ (arXiv 2505.14233, appendix B), and `relative`, ‖ΔW‖ / ‖W‖ over both.
     """
-    parts = _trained_parts(base)
-    layers = list(dict.fromkeys(_layer(name) for name in parts))
+    whole = {item.name: item for item in find_qk(base)}
 
-    def norm(tensors: Mapping[str, Tensor], layer: str) -> Tensor:
-        squares = [tensor.float().square().sum() for name, tensor in tensors.items() if _layer(name) == layer]
-        return torch.stack(squares).sum().sqrt()
+    def changed(part: str) -> dict[str, Tensor]:
+        """Return the change of W_Q or of W_K alone, by the names of their parameters."""
+        found = {}
+        for item in find_parts(base, (part,)):
+            full = torch.zeros_like(base.get_parameter(item.name), dtype=torch.float32)
+            whole[item.name].view(full).copy_(difference[item.name])
+            found[item.name] = item.view(full)
+        return found
 
-    return torch.stack([norm(difference, layer) / norm(parts, layer) for layer in layers]).cpu()
+    q, k = (_norm_by_layer(changed(part)) for part in ("q", "k"))
+    return {"q": q, "k": k, "relative": (q.square() + k.square()).sqrt() / _norm_by_layer(_trained_parts(base, False))}
 
 
-def _layer(name: str) -> str:
-    """Return the attention module that a projection belongs to."""
-    return name.rsplit(".", 2)[0]
+def _norm_by_layer(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the Frobenius norm over each layer's tensors, `(L,)`; they are named and in the order of the layers."""
+    squares: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer = name.rsplit(".", 2)[0]  # the attention module that the projection belongs to
+        squares[layer] = squares.get(layer, torch.zeros((), device=tensor.device)) + tensor.float().square().sum()
+    return torch.stack(list(squares.values())).sqrt().cpu()
 
 
 @contextmanager
 def moved(
     model: PreTrainedModel, differences: Sequence[Mapping[str, Tensor]], factors: Sequence[float]
 ) -> Iterator[None]:
-    """Set W_Q and W_K to θ₀ + Σ factor·difference inside the block; restore θ₀ bit for bit afterwards."""
-    parts = _trained_parts(model)
+    """Set the weights to θ₀ + Σ factor·difference inside the block; restore θ₀ bit for bit afterwards.
+
+    A name that a difference lacks does not move by it. If one holds the LM head, the model's is untied from the input
+    embeddings, for good.
+    """
+    names = set().union(*differences)
+    head = any(item.name in names for item in find_head(model))
+    if head:
+        untie_head(model)
+    parts = {name: tensor for name, tensor in _trained_parts(model, head).items() if name in names}
     originals = {name: tensor.clone() for name, tensor in parts.items()}
     try:
         for name, tensor in parts.items():
-            change = sum(factor * difference[name] for factor, difference in zip(factors, differences, strict=True))
+            pairs = zip(factors, differences, strict=True)
+            change = sum(factor * difference[name] for factor, difference in pairs if name in difference)
             tensor.copy_(originals[name].float() + change)
         yield
     finally:
@@ -101,7 +126,7 @@ def mode_connectivity(
 
     Args:
         model: θ₀, with float parameters; unchanged afterwards.
-        first, second: θ₁ − θ₀ and θ₂ − θ₀, from :func:`qk_difference`.
+        first, second: θ₁ − θ₀ and θ₂ − θ₀, from :func:`trained_difference`.
         prompts: the prompts to classify.
         factors: F values that λ₁ and λ₂ take.
         batch_size: prompts per forward pass.

@@ -19,7 +19,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from abft.evaluation.mauve import check_mauve, continuations, mauve_score
 from abft.experiments.experiment import PAPER_TASKS, Experiment, ExperimentOptions
-from abft.experiments.methods import METHODS
 from abft.experiments.report import overview_table, write_report
 from abft.experiments.results import Results
 from abft.experiments.runs import RunKey
@@ -28,7 +27,7 @@ from abft.losses import Adaption
 from abft.models.loading import default_device, load_base, load_tokenizer
 from abft.models.weights import from_pretrained
 from abft.prompts.tasks import TASKS, get_task
-from abft.training.objectives.objective_registry import DEFAULT, OBJECTIVES
+from abft.training.objectives.objective_registry import DEFAULT
 from abft.training.options import TrainingOptions
 
 __all__ = ["prototype"]
@@ -49,7 +48,7 @@ _PUBLISHED = {
 }
 _MAPPED = ("lora", "adaption")  # --quantized, and --self_adaption_loss with other words
 _ADAPTIONS = {"None" if adaption == "none" else adaption: adaption for adaption in get_args(Adaption)}
-_METHODS = {name.upper(): name for name in OBJECTIVES if name in METHODS}
+_METHODS = {"ABFT": "abft", "E2E": "e2e"}
 
 _TEXTS = 256
 _PREFIX = "The"

@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -142,7 +143,8 @@ def label_logits(
     if arguments and not is_enabled(model):
         raise ValueError(f"only the 'abft' attention knows {', '.join(arguments)}; call abft.enable(model) first")
     causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = causal_lm.get_output_embeddings()
+    output = causal_lm.get_output_embeddings()
+    head = output.modules_to_save[output.active_adapters[0]] if isinstance(output, ModulesToSaveWrapper) else output
     # A quantized or adapted head is either not an nn.Linear, or its weight does not have a row per token.
     if not isinstance(head, nn.Linear) or head.weight.shape != (head.out_features, head.in_features):
         raise NotImplementedError(
@@ -150,7 +152,7 @@ def label_logits(
             "exclude the LM head from quantization and adapters, or merge the adapter"
         )
     # The only other part is the decoder; a third, like BERT's prediction transform, would be silently skipped.
-    parts = [p for p in causal_lm.children() if p is not head and next(p.parameters(), None) is not None]
+    parts = [p for p in causal_lm.children() if p is not output and next(p.parameters(), None) is not None]
     if len(parts) != 1:
         raise NotImplementedError(
             f"{type(causal_lm).__name__} does not consist of one decoder and an LM head, but of "

@@ -6,16 +6,18 @@
 | TempSensitivity | 9 templates × 100 queries | consistency of the predictions over templates |
 | DemoSensitivity | 8 draws × 128 queries | consistency over demonstrations |
 | GLER | Normal's, with 0, ¼ … 1 of the labels wrong | slope of accuracy over the share of correct labels |
-| Bias | empty queries; queries of random words | entropy of the mean answer |
-| Unseen | no demonstration carries the gold label | as Normal |
-| (Calibration) | Normal's, divided by the mean answer to empty queries | as Normal |
+| Bias | Normal's demonstrations, with empty queries and with random words | entropy of the mean answer |
+| Unseen | no demonstration carries the gold label | as Normal, without the bias |
+| ZeroShot | 512 queries without demonstrations | as Unseen |
+| (Calibration) | Normal's, divided by the mean answer to 512 empty queries | as Unseen |
 
 Source: StaICC (arXiv 2501.15708) and arXiv 2505.14233, section 4; contextual calibration: arXiv 2102.09690.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -33,7 +35,7 @@ from abft.prompts.examples import Example
 
 __all__ = ["TESTS", "StaICCPromptBuilder", "TaskSuite", "check_tests", "correct_by_query"]
 
-TESTS = ("Normal", "TempSensitivity", "DemoSensitivity", "GLER", "Bias", "Unseen")
+TESTS = ("Normal", "TempSensitivity", "DemoSensitivity", "GLER", "Bias", "Unseen", "ZeroShot")
 """Names of the tests, as in StaICC and the paper."""
 CALIBRATION = "Calibration"
 """A method that is a test of the untrained model: its answers to Normal's prompts, calibrated."""
@@ -42,8 +44,10 @@ NORMAL_DRAWS = 2
 TEMPLATE_QUERIES = 100
 DEMONSTRATION_DRAWS, DEMONSTRATION_QUERIES = 8, 128
 ERROR_RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
-CALIBRATION_PROMPTS = 128
+CALIBRATION_PROMPTS = 512
 DOMAIN_WORDS = 128
+RAREST_DRAW = 1 / 512
+"""Share of the draws without the gold label below which Unseen does not wait for one."""
 HEAD_PROMPTS = 256
 
 
@@ -100,17 +104,31 @@ class TaskSuite:
             ([pool[index] for index in drawn], queries[number % len(queries)]) for number, drawn in enumerate(draws)
         )
 
+    def _normal_draws(self) -> Iterator[tuple[int, Example, list[int]]]:
+        """Yield number, query and demonstrations of each of StaICC's prompts, those over the limit included."""
+        every = self.data.queries
+        for number, drawn in enumerate(self.data.draws(self.k, NORMAL_DRAWS * len(every))):
+            yield number, every[number % len(every)], drawn
+
+    def _within_limit(self, number: int) -> bool:
+        every = len(self.data.queries)
+        return number % every < len(self._queries(every))
+
     @cached_property
     def normal(self) -> PromptSet:
         """StaICC's prompts: every query with two draws of demonstrations."""
-        queries = self._queries(len(self.data.queries))
-        every = len(self.data.queries)
-        draws = self.data.draws(self.k, NORMAL_DRAWS * every)
-        kept = [drawn for number, drawn in enumerate(draws) if number % every < len(queries)]
-        builder = self.builder
+        builder, pool = self.builder, self.data.demonstrations
         if self.staicc_compat:
             builder = StaICCPromptBuilder(self.tokenizer, self.data.task, max_length=self.max_length)
-        return self._build(builder, queries, kept)
+        return builder.build_set(
+            ([pool[index] for index in drawn], query)
+            for number, query, drawn in self._normal_draws()
+            if self._within_limit(number)
+        )
+
+    def zero_shot(self) -> PromptSet:
+        """Return every query once, without demonstrations."""
+        return self.builder.build_set(((), query) for query in self._queries(len(self.data.queries)))
 
     def templates(self) -> list[PromptSet]:
         """Return nine sets, one per template, each with the same 100 queries and demonstrations."""
@@ -129,64 +147,101 @@ class TaskSuite:
         kept = [drawn for number, drawn in enumerate(draws) if number % DEMONSTRATION_QUERIES < len(queries)]
         return self._build(self.builder, queries, kept)
 
-    def with_wrong_labels(self, rate: float) -> PromptSet:
-        """Return Normal's prompts with that share of the labels, rounded down, replaced by the next class."""
-        queries, pool, generator = self._queries(len(self.data.queries)), self.data.demonstrations, StaICCRandom()
-        classes, every = len(self.data.task.labels), len(self.data.queries)
-        pairs = []
-        for number, drawn in enumerate(self.data.draws(self.k, NORMAL_DRAWS * every)):
+    def with_wrong_labels(self) -> list[PromptSet]:
+        """Return Normal's prompts for each of `ERROR_RATES`, that share of the labels replaced by the next class.
+
+        The number of wrong labels is rounded down. As in StaICC one generator draws them for all rates in turn.
+        """
+        pool, generator = self.data.demonstrations, StaICCRandom()
+        classes = len(self.data.task.labels)
+
+        def shown(drawn: Sequence[int], rate: float) -> list[Example]:
             wrong = set(generator.sample(drawn, int(self.k * rate)))
-            if number % every >= len(queries):
-                continue
-            shown = [
+            return [
                 replace(pool[index], label=(pool[index].label + 1) % classes) if index in wrong else pool[index]
                 for index in drawn
             ]
-            pairs.append((shown, queries[number % every]))
-        return self.builder.build_set(pairs)
+
+        def prompts(rate: float) -> Iterator[tuple[list[Example], Example]]:
+            for number, query, drawn in self._normal_draws():
+                demonstrations = shown(drawn, rate)  # of those over the limit too: the generator moves on
+                if self._within_limit(number):
+                    yield demonstrations, query
+
+        return [self.builder.build_set(prompts(rate)) for rate in ERROR_RATES]
 
     def unseen(self) -> PromptSet:
-        """Return every query with demonstrations of other classes only.
+        """Return every query twice, with demonstrations of other classes only.
+
+        As in StaICC's out-of-domain mode: a draw of Normal that shows the gold label is replaced, in turn, by the
+        generator's next draw without it. Where fewer than `RAREST_DRAW` of all draws are without it (two classes and
+        many demonstrations), they are drawn from the other classes directly.
 
         Raises:
             ValueError: fewer than k demonstrations of other classes.
         """
-        generator, pool = StaICCRandom(), self.data.demonstrations
-        classes = range(len(self.data.task.labels))
-        others = {label: [example for example in pool if example.label != label] for label in classes}
+        pool, generator = self.data.demonstrations, StaICCRandom()
+        others = {
+            label: [example for example in pool if example.label != label]
+            for label in range(len(self.data.task.labels))
+        }
         if (fewest := min(map(len, others.values()))) < self.k:
             raise ValueError(f"k={self.k}, but only {fewest} demonstrations of other classes; lower k")
-        return self.builder.build_set(
-            (generator.sample(others[query.label], self.k), query)
-            for _ in range(NORMAL_DRAWS)
-            for query in self._queries(len(self.data.queries))
-        )
+        direct = math.comb(fewest, self.k) < RAREST_DRAW * math.comb(len(pool), self.k)
+        draws = [(number, query, generator.sample(pool, self.k)) for number, query, _ in self._normal_draws()]
 
-    def empty_queries(self, pool: Sequence[Example], n: int) -> PromptSet:
-        """Return n prompts with demonstrations from `pool` and an empty query."""
-        generator = StaICCRandom()
-        return self.builder.build_set((generator.sample(pool, self.k), Example("", 0)) for _ in range(n))
+        def without(label: int, drawn: list[Example]) -> list[Example]:
+            while any(example.label == label for example in drawn):
+                drawn = generator.sample(others[label] if direct else pool, self.k)
+            return drawn
+
+        replaced = [(number, query, without(query.label, drawn)) for number, query, drawn in draws]
+        return self.builder.build_set((drawn, query) for number, query, drawn in replaced if self._within_limit(number))
+
+    def empty_queries(self) -> PromptSet:
+        """Return Normal's demonstrations, each with an empty query (StaICC's contextual bias)."""
+        return self._with_queries(lambda: "")
 
     def random_word_queries(self) -> PromptSet:
-        """Return Normal's demonstrations, each with a query of 128 words drawn from the demonstrations' texts."""
-        queries, pool, words = self._queries(len(self.data.queries)), self.data.demonstrations, StaICCRandom()
+        """Return Normal's demonstrations, each with 128 words drawn from the demonstrations' texts (domain bias).
+
+        StaICC's draws never reach the last text, nor the last word of a text.
+        """
+        pool, words = self.data.demonstrations, StaICCRandom()
 
         def text() -> str:
             chosen = []
             for _ in range(DOMAIN_WORDS):
-                of_text = pool[words.between(0, len(pool))].text.split(" ")
-                chosen.append(of_text[words.between(0, len(of_text))])
+                of_text = pool[words.between(0, len(pool) - 1)].text.split(" ")
+                chosen.append(of_text[words.between(0, len(of_text) - 1)])
             return " ".join(chosen)
 
-        draws = self.data.draws(self.k, len(queries))
-        return self.builder.build_set(([pool[i] for i in drawn], Example(text(), 0)) for drawn in draws)
+        return self._with_queries(text)
+
+    def _with_queries(self, text: Callable[[], str]) -> PromptSet:
+        pool = self.data.demonstrations
+        queries = [(number, Example(text(), 0), drawn) for number, _, drawn in self._normal_draws()]
+        return self.builder.build_set(
+            ([pool[index] for index in drawn], query) for number, query, drawn in queries if self._within_limit(number)
+        )
+
+    def calibration_prompts(self) -> PromptSet:
+        """Return 512 empty queries with demonstrations from the training split, drawn with repetition as in StaICC."""
+        generator, pool = StaICCRandom(), self.data.train
+        return self.builder.build_set(
+            ([pool[generator.between(0, len(pool))] for _ in range(self.k)], Example("", 0))
+            for _ in range(CALIBRATION_PROMPTS)
+        )
 
     # --- results --------------------------------------------------------------------------------------------
 
     def run(
         self, model: Any, tests: Sequence[str], *, batch_size: int = 32, progress: bool = True
     ) -> dict[str, dict[str, Any]]:
-        """Return a model's results, plain data by test; with Normal also `heads`, the attention of its heads.
+        """Return a model's results, plain data by test.
+
+        Beside Normal and Unseen stands the attention of the heads on their prompts, as `heads` and `unseen_heads`. Of
+        Unseen all mass on labels is on wrong ones.
 
         Args:
             model: on the `"abft"` attention, with the suite's tokenizer.
@@ -200,57 +255,80 @@ class TaskSuite:
         check_tests([test for test in tests if test != CALIBRATION])
         shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         results: dict[str, dict[str, Any]] = {}
-        normal = None
         if {"Normal", CALIBRATION} & set(tests):
             normal = evaluate(model, self.normal, **shared)
-        if normal is not None and "Normal" in tests:
-            results["Normal"] = {
-                **_plain(normal),
-                "posterior_bias": posterior_bias(normal.probabilities, normal.labels),
-            }
-            if self.staicc_compat:
-                results["Normal"]["staicc"] = staicc_metrics(normal)
-            elif self.k:
-                heads = head_statistics(model, self.normal[:HEAD_PROMPTS], **shared)
-                results["heads"] = heads.to_dict()
-        if normal is not None and CALIBRATION in tests:
-            prior = evaluate(model, self.empty_queries(self.data.train, CALIBRATION_PROMPTS), **shared)
-            calibrated = calibrate(normal.probabilities, prior.probabilities.mean(dim=0))
-            results[CALIBRATION] = _plain(Evaluation.from_probabilities(calibrated, normal.labels))
-        if "TempSensitivity" in tests:
-            runs = [evaluate(model, prompts, **shared) for prompts in self.templates()]
-            results["TempSensitivity"] = _sensitivity(runs)
-        if "DemoSensitivity" in tests:
-            whole = evaluate(model, self.demonstration_draws(), **shared)
-            queries = whole.n // DEMONSTRATION_DRAWS
-            parts = zip(whole.probabilities.split(queries), whole.labels.split(queries), strict=True)
-            results["DemoSensitivity"] = _sensitivity([Evaluation.from_probabilities(p, y) for p, y in parts])
-        if "GLER" in tests:
-            runs = [evaluate(model, self.with_wrong_labels(rate), **shared) for rate in ERROR_RATES]
-            accuracies = [run.accuracy for run in runs]
-            shares = [1 - int(self.k * rate) / max(self.k, 1) for rate in ERROR_RATES]
-            slope = gler(shares, accuracies) if len(set(shares)) > 1 else None
-            results["GLER"] = {"gler": slope, "correct_label_shares": shares, "accuracy": accuracies}
-        if "Bias" in tests:
-            n = NORMAL_DRAWS * len(self._queries(len(self.data.queries)))
-            empty = evaluate(model, self.empty_queries(self.data.demonstrations, n), **shared)
-            words = evaluate(model, self.random_word_queries(), **shared)
-            results["Bias"] = {
+            if "Normal" in tests:
+                results |= self._normal_results(model, normal, shared)
+            if CALIBRATION in tests:
+                prior = evaluate(model, self.calibration_prompts(), **shared).probabilities.mean(dim=0)
+                calibrated = calibrate(normal.probabilities, prior)
+                results[CALIBRATION] = _plain(Evaluation.from_probabilities(calibrated, normal.labels))
+        makers: dict[str, Callable[[Any, dict[str, Any]], dict[str, dict[str, Any]]]] = {
+            "TempSensitivity": self._template_results,
+            "DemoSensitivity": self._demonstration_results,
+            "GLER": self._gler_results,
+            "Bias": self._bias_results,
+            "Unseen": self._unseen_results,
+            "ZeroShot": self._zero_shot_results,
+        }
+        for test, make in makers.items():
+            if test in tests:
+                results |= make(model, shared)
+        return results
+
+    def _normal_results(self, model: Any, normal: Evaluation, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        found = {**_plain(normal), "posterior_bias": posterior_bias(normal.probabilities, normal.labels)}
+        if self.staicc_compat:
+            return {"Normal": {**found, "staicc": staicc_metrics(normal)}}
+        return {"Normal": found, **self._heads("heads", model, self.normal, shared)}
+
+    def _heads(self, name: str, model: Any, prompts: PromptSet, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return {name: head_statistics(model, prompts[:HEAD_PROMPTS], **shared).to_dict()} if self.k else {}
+
+    def _template_results(self, model: Any, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return {"TempSensitivity": _sensitivity([evaluate(model, prompts, **shared) for prompts in self.templates()])}
+
+    def _demonstration_results(self, model: Any, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        whole = evaluate(model, self.demonstration_draws(), **shared)
+        queries = whole.n // DEMONSTRATION_DRAWS
+        parts = zip(whole.probabilities.split(queries), whole.labels.split(queries), strict=True)
+        return {"DemoSensitivity": _sensitivity([Evaluation.from_probabilities(p, y) for p, y in parts])}
+
+    def _gler_results(self, model: Any, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        accuracies = [evaluate(model, prompts, **shared).accuracy for prompts in self.with_wrong_labels()]
+        shares = [1 - int(self.k * rate) / max(self.k, 1) for rate in ERROR_RATES]
+        slope = gler(shares, accuracies) if len(set(shares)) > 1 else None
+        return {"GLER": {"gler": slope, "correct_label_shares": shares, "accuracy": accuracies}}
+
+    def _bias_results(self, model: Any, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        empty, words = (
+            evaluate(model, prompts, **shared) for prompts in (self.empty_queries(), self.random_word_queries())
+        )
+        return {
+            "Bias": {
                 "contextual": distribution_bias(empty.probabilities),
                 "domain": distribution_bias(words.probabilities),
             }
-        if "Unseen" in tests:
-            results["Unseen"] = _plain(evaluate(model, self.unseen(), **shared))
-        return results
+        }
+
+    def _unseen_results(self, model: Any, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        prompts = self.unseen()
+        return {
+            "Unseen": _plain(evaluate(model, prompts, **shared)),
+            **self._heads("unseen_heads", model, prompts, shared),
+        }
+
+    def _zero_shot_results(self, model: Any, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return {"ZeroShot": {**_plain(evaluate(model, self.zero_shot(), **shared)), "draws": 1}}
 
 
 def correct_by_query(result: Mapping[str, Any]) -> np.ndarray:
-    """Return how often each query was answered correctly, `(Q,)` in 0 … 1, from a test that draws it twice.
+    """Return how often each query was answered correctly, `(Q,)` in 0 … 1, over the draws of its demonstrations.
 
     Models are compared by queries, because two prompts with the same query are not independent.
     """
     correct = np.equal(result["predictions"], result["labels"])
-    return correct.reshape(NORMAL_DRAWS, -1).mean(axis=0)
+    return correct.reshape(result.get("draws", NORMAL_DRAWS), -1).mean(axis=0)
 
 
 def check_tests(tests: Sequence[str]) -> None:

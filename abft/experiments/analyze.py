@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abft.analysis.weight_change import qk_difference
+from abft.analysis.weight_change import trained_difference
 from abft.experiments.analyses import analysis_registry as registry
 from abft.experiments.analyses.definition import Analysis, Subject
 from abft.experiments.experiment import Experiment, ExperimentOptions
@@ -130,7 +130,7 @@ def _subject(results: Results, task: str, folders: dict[str, Path], options: Ana
     experiment = Experiment(_again(results, task, options.quiet))
     model = load_base(experiment.model, dtype="float32").to(default_device())
     loading = loading_arguments("float32")
-    differences = {method: qk_difference(model, folder, **loading) for method, folder in folders.items()}
+    differences = {method: trained_difference(model, folder, **loading) for method, folder in folders.items()}
     return Subject(model, differences, experiment.suites[task], settings["k"], options.prompts, not options.quiet)
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from abft.experiments.methods import METHODS
 from abft.experiments.runs import Run
 from abft.files import write_text
+from abft.training.objectives.objective_registry import DEFAULT, objective_of
 
 __all__ = ["write_card"]
 
@@ -45,7 +46,8 @@ def write_card(folder: Path, run: Run, base: str) -> None:
     for task, found in normal.items():
         metrics = (f"{found[name]:.3f}" for name in ("macro_f1", "true_label_likelihood", "ece"))
         lines.append(f"| {task} | {100 * found['accuracy']:.1f} % | {' | '.join(metrics)} | {found['n']} |")
-    title = METHODS[run.key.method].title
+    method = METHODS[run.key.method]
+    title, head = method.title, objective_of((method.options or {}).get("method", DEFAULT)).trains_head
     results = [
         EvalResult(
             task_type="text-classification",
@@ -69,7 +71,7 @@ def write_card(folder: Path, run: Run, base: str) -> None:
     text = _TEXT.format(
         title=title,
         task=run.key.task,
-        what="LoRA adapters on W_Q and W_K" if lora else "W_Q and W_K",
+        what=("LoRA adapters on W_Q and W_K" if lora else "W_Q and W_K") + (", and the LM head" if head else ""),
         base=name,
         num_prompts=run.key.num_prompts,
         k=run.settings["k"],

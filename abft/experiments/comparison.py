@@ -19,7 +19,7 @@ def compare_runs(before: str | os.PathLike[str], after: str | os.PathLike[str], 
 
     Args:
         before, after: folders that hold a `run.json`.
-        test: a test with predictions: Normal, Unseen or Calibration.
+        test: a test with predictions: Normal, Unseen, ZeroShot or Calibration.
 
     Raises:
         ValueError: a folder without a run, no common task, or other prompts.
@@ -30,7 +30,7 @@ def compare_runs(before: str | os.PathLike[str], after: str | os.PathLike[str], 
         if run is None:
             raise ValueError(f"{folder} holds no run.json; give a folder under runs/ of an experiment")
         runs.append(run)
-    for name in ("k", "data", "limit", "staicc_compat", "staicc_labels", "published_order"):
+    for name in ("k", "data", "limit", "staicc_compat", "staicc_labels", "published_order", "protocol"):
         values = [run.settings.get(name) for run in runs]
         if values[0] != values[1]:
             raise ValueError(f"the runs have different prompts: {name} is {values[0]!r} and {values[1]!r}")

@@ -23,7 +23,7 @@ from rich.console import Console
 from abft.demo.corpus import DEMO_TASKS, demo_splits
 from abft.demo.run import MODEL as DEMO_MODEL
 from abft.evaluation.staicc import TaskData, load_task_data, staicc_task, staicc_task_data
-from abft.evaluation.suites import CALIBRATION, TaskSuite, check_tests
+from abft.evaluation.suites import CALIBRATION, TESTS, TaskSuite, check_tests
 from abft.experiments.card import write_card
 from abft.experiments.methods import METHODS, Method, resolve_methods
 from abft.experiments.runs import EXPERIMENT, FORMAT_VERSION, Run, RunKey, check_writable, read_experiment, read_run
@@ -69,7 +69,7 @@ class RunOptions(ModelOptions):
     )
     tests: list[str] = field(
         default_factory=lambda: ["Normal"],
-        metadata=_help("Normal, TempSensitivity, DemoSensitivity, GLER, Bias, Unseen"),
+        metadata=_help(f"some of {', '.join(TESTS)}"),
     )
     train_tasks: list[str] = field(default_factory=list, metadata=_help("those of the tasks to train on; default: all"))
     test_trained: bool = field(default=True, metadata=_help("test what was trained"))
@@ -115,8 +115,10 @@ _NOT_SETTINGS = {
     "keep_weights",
     "quiet",
 }
+PROTOCOL = 2
+"""Raise it when a method or the prompts of a test come to mean something else: earlier runs are then refused."""
 # A run that was stored before an option existed was made with its default.
-_DEFAULTS = {option.name: option.default for option in fields(ExperimentOptions)}
+_DEFAULTS = {"protocol": 1, **{option.name: option.default for option in fields(ExperimentOptions)}}
 
 
 class Experiment:
@@ -147,7 +149,8 @@ class Experiment:
         self.keys = self._run_keys()
         for key in {(key.task, key.num_prompts, key.seed): key for key in self.keys if key.num_prompts}.values():
             self._training_prompts(key)
-        self.settings = {name: value for name, value in asdict(options).items() if name not in _NOT_SETTINGS}
+        own = {name: value for name, value in asdict(options).items() if name not in _NOT_SETTINGS}
+        self.settings = {**own, "protocol": PROTOCOL}
         self.output = check_writable(options.output_dir)
         for key in self.keys:
             self._stored(key)
@@ -227,7 +230,7 @@ class Experiment:
         found = read_run(self.output / "runs" / key.folder)
         if found is None:
             return None
-        then = {name: found.settings.get(name, _DEFAULTS[name]) for name in self.settings}
+        then = {name: found.settings.get(name, _DEFAULTS.get(name)) for name in self.settings}
         differing = [name for name, value in self.settings.items() if then[name] != value]
         if differing or found.key != key:
             what = differing[0] if differing else "key"
@@ -354,6 +357,8 @@ class Experiment:
         )
         return done.trainer.model, {
             "seconds": done.seconds,
+            "checkpoint_seconds": done.trainer.checkpoint_seconds,
+            "trained_parameters": done.trainer.trained_parameters(),
             "resumed": done.checkpoint is not None,
             "steps": done.trainer.state.global_step,
             "peak_memory_bytes": peak_memory(),

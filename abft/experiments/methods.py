@@ -35,12 +35,14 @@ METHODS = {
         Method("vanilla", "vanilla", None),
         Method("calibration", "contextual calibration", None),
         Method("abft", "ABFT"),
+        Method("share", "ABFT, share loss", {"method": "share"}),
         Method("e2e", "E2E", {"method": "e2e", "restricted_gradient": False}),
+        Method("e2e_qk", "E2E on W_Q and W_K", {"method": "e2e_qk", "restricted_gradient": False}),
         Method("no_pid", "ABFT without PID", {"adaption": "none"}),
         Method("no_pid_no_filter", "ABFT without PID and filter", {"adaption": "none", "head_filter": False}),
-        # PID would move A away from 0.
+        # Without PID, as in Table 4: it would move A away from 0, and has no antagonist without B.
         Method("a0", "ABFT with A = 0", {"wrong_penalty": 0.0, "adaption": "none"}),
-        Method("b0", "ABFT with B = 0", {"correct_award": 0.0}),
+        Method("b0", "ABFT with B = 0", {"correct_award": 0.0, "adaption": "none"}),
         Method("restricted", "ABFT, restricted gradient", {"restricted_gradient": True}),
     )
 }

@@ -9,7 +9,8 @@ from typing import Any
 
 from abft.experiments.analyses import analysis_registry as registry
 from abft.experiments.methods import METHODS
-from abft.experiments.results import Results, Value, accuracy, paper_averages
+from abft.experiments.paper_tables import published_averages
+from abft.experiments.results import Results, Value, accuracy
 from abft.experiments.tables import Table, points, with_error
 
 __all__ = ["experiment_tables", "model_name", "overview_table", "titles"]
@@ -32,7 +33,7 @@ def titles(experiments: Sequence[Results]) -> list[str]:
 def overview_table(experiments: Sequence[Results], *, paper: bool = True) -> Table:
     """Return accuracy by model, method and task: the paper's Table 1, with its averages beside those of its models."""
     tasks = list(dict.fromkeys(task for results in experiments for task in results.tasks))
-    known = [paper_averages(results.model) if paper else None for results in experiments]
+    known = [published_averages(results.model) if paper else {} for results in experiments]
     columns = ["", *tasks, "average", *(["paper's average"] if any(known) else [])]
     table = Table("accuracy-by-task", "", columns)
     for results, title, published in zip(experiments, titles(experiments), known, strict=True):
@@ -45,8 +46,7 @@ def overview_table(experiments: Sequence[Results], *, paper: bool = True) -> Tab
             cells.append(results.average(method, accuracy))
             row = [f"{title}, {METHODS[method].title}", *(with_error(*cell) for cell in cells)]
             if any(known):
-                beside = dict(zip(("vanilla", "abft"), published or (), strict=False)).get(method)
-                row.append("" if beside is None else f"{beside:.2f}")
+                row.append(f"{published[method]:.2f}" if method in published else "")
             table.rows.append(row)
             means.append([mean for mean, _ in cells])
         for column, values in enumerate(zip(*means, strict=True), 1):
@@ -145,13 +145,15 @@ def _transfer_table(results: Results) -> Table | None:
         return None
     table = Table(
         f"{results.folder.name}-transfer",
-        f"Training on {results.largest} prompts: time and peak memory of one run, accuracy on the task trained on, and "
-        "on the others (vanilla: untrained, the same average). The paper's Table 2. Memory on a CPU: the process's.",
-        ["", "seconds", "× ABFT", "GiB", "in domain", "out of domain"],
+        f"Training on {results.largest} prompts: trained parameters, time without and with saving checkpoints, peak "
+        "memory of one run; accuracy on the task trained on, and on the others (vanilla: untrained, the same average). "
+        "The paper's Table 2. Memory on a CPU: the process's.",
+        ["", "parameters", "seconds", "with checkpoints", "× ABFT", "GiB", "in domain", "out of domain"],
     )
     reference, _ = results.seconds("abft")
     for method in ("vanilla", *trained):
         seconds, error = results.seconds(method)
+        parameters = results.trained_parameters(method)
         memory = [
             run.training["peak_memory_bytes"] / 2**30
             for task in results.tasks
@@ -162,7 +164,9 @@ def _transfer_table(results: Results) -> Table | None:
         table.rows.append(
             [
                 METHODS[method].title,
+                "" if parameters is None else f"{parameters:,}",
                 with_error(seconds, error, 1, 1.0),
+                with_error(*results.seconds(method, checkpoints=True), 1, 1.0),
                 "" if not seconds or not reference else f"{seconds / reference:.2f}",
                 f"{max(memory):.2f}" if memory else "",
                 with_error(*results.average(method, accuracy)),
@@ -195,10 +199,12 @@ def _robustness_table(results: Results) -> Table | None:
         results,
         "robustness",
         "GLER: points of accuracy per share of correct labels. Unseen: accuracy in %, no demonstration carries the "
-        "gold label. Bias: entropy of the mean answer in % of a uniform one's, to empty queries and to random words.",
+        "gold label; zero-shot: without demonstrations (the paper's Fig. 3). Bias: entropy of the mean answer in % of "
+        "a uniform one's, to empty queries and to random words.",
         [
             ("GLER", "GLER", lambda result: result["gler"]),
             ("unseen label", "Unseen", accuracy),
+            ("zero-shot", "ZeroShot", accuracy),
             ("contextual bias", "Bias", entropy("contextual")),
             ("domain bias", "Bias", entropy("domain")),
         ],

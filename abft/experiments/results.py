@@ -14,20 +14,7 @@ from abft.evaluation.suites import CALIBRATION, correct_by_query
 from abft.experiments.methods import METHODS
 from abft.experiments.runs import Run, read_experiment
 
-__all__ = ["PAPER", "Results", "Value", "accuracy", "paper_averages"]
-
-PAPER = {
-    "gpt2-large": (45.86, 63.21), "gpt2-xl": (50.13, 67.74), "falcon3-7b": (67.55, 79.59), "llama-3-8b": (66.60, 80.20),
-    "llama3-8b": (66.60, 80.20), "qwen2.5-32b": (75.29, 79.64), "llama3-56b": (70.95, 79.52),
-}  # fmt: skip
-"""Mean accuracy over the eight data sets, vanilla and ABFT, in %: arXiv 2505.14233, Table 1."""
-
-
-def paper_averages(model: str) -> tuple[float, float] | None:
-    """Return the paper's averages, vanilla and ABFT, in %, for a model of that name or folder; None if it has none."""
-    name = Path(model).name.lower().removeprefix("meta-").removesuffix("-base").removesuffix("-hf")
-    return PAPER.get(name)
-
+__all__ = ["Results", "Value", "accuracy"]
 
 Value = Callable[[dict[str, Any]], float | None]
 
@@ -121,15 +108,22 @@ class Results:
         rows = [correct_by_query(result) for result in found if result is not None]
         return np.mean(rows, axis=0) if rows else None
 
-    def seconds(self, method: str) -> tuple[float | None, float | None]:
-        """Return training time in seconds: mean and standard error over tasks and seeds."""
-        values = [
-            run.training["seconds"]
-            for task in self.tasks
-            for run in self.of(method, task)
-            if run.training and not run.training["resumed"]  # what came before the interruption was not timed
-        ]
+    def seconds(self, method: str, *, checkpoints: bool = False) -> tuple[float | None, float | None]:
+        """Return training time in seconds, without or with saving checkpoints: mean and standard error over runs."""
+        values = []
+        for training in self._trainings(method):
+            saving = training.get("checkpoint_seconds")  # None in runs of before, whose seconds include it
+            if training["resumed"] or (saving is None and not checkpoints):
+                continue  # a part of the time is not known
+            values.append(training["seconds"] + (saving or 0.0 if checkpoints else 0.0))
         return mean_and_error(values) if values else (None, None)
+
+    def trained_parameters(self, method: str) -> int | None:
+        """Return the number of parameters that the method trains; None if no run says."""
+        return max((training.get("trained_parameters", 0) for training in self._trainings(method)), default=0) or None
+
+    def _trainings(self, method: str) -> list[dict[str, Any]]:
+        return [run.training for task in self.tasks for run in self.of(method, task) if run.training]
 
 
 def _mean_over_seeds(places: list[list[float]]) -> tuple[float | None, float | None]:

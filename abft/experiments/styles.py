@@ -14,6 +14,7 @@ STYLES = {
     "vanilla": (GREY, "", "--", "s"), "calibration": (SKY, "xx", "--", "D"), "abft": (BLUE, "", "-", "o"),
     "e2e": (ORANGE, "//", "-.", "^"), "no_pid": (GREEN, "..", ":", "v"), "no_pid_no_filter": (SKY, "++", ":", "<"),
     "a0": (PURPLE, "\\\\", ":", ">"), "b0": ("#D55E00", "--", ":", "P"), "restricted": ("#F0E442", "oo", "-", "*"),
+    "e2e_qk": ("#7A4A00", "**", "-.", "d"),
 }  # fmt: skip
 """Method → colour, hatch, line style, marker."""
 

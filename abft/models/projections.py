@@ -1,4 +1,4 @@
-"""The places of W_Q, W_K and W_V in the attention layers of each architecture, and training W_Q and W_K.
+"""The places of W_Q, W_K and W_V in the attention layers of each architecture; training W_Q, W_K and the LM head.
 
 `ARCHITECTURES` has one row per kind of attention layer; everything else here reads it.
 """
@@ -21,16 +21,20 @@ __all__ = [
     "Projection",
     "TrainedParameter",
     "attention_modules",
+    "find_head",
     "find_kv",
+    "find_parts",
     "find_qk",
+    "head_in_float32",
     "lora_qk",
     "train_qk",
+    "untie_head",
 ]
 
 
 @dataclass(frozen=True)
 class TrainedParameter:
-    """A parameter that holds some of W_Q, W_K and W_V: whole, or some entries along `dim` if they are fused.
+    """A parameter that is trained, whole or in part: some of W_Q, W_K and W_V, or a parameter of the LM head.
 
     Args:
         name: full name in the model's `state_dict`.
@@ -216,7 +220,12 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module, _ in _attention_layers(model).values()]
 
 
-def _select(model: nn.Module, wanted: Collection[str]) -> list[TrainedParameter]:
+def find_parts(model: nn.Module, wanted: Collection[str]) -> list[TrainedParameter]:
+    """Return the parameters that hold the wanted ones of "q", "k" and "v", in the model's order.
+
+    Raises:
+        ValueError: not every layer has projections of a known form.
+    """
     return [
         part
         for name, (_, projections) in _attention_layers(model).items()
@@ -231,7 +240,7 @@ def find_qk(model: nn.Module) -> list[TrainedParameter]:
     Raises:
         ValueError: not every layer has projections of a known form.
     """
-    return _select(model, ("q", "k"))
+    return find_parts(model, ("q", "k"))
 
 
 def find_kv(model: PreTrainedModel) -> list[TrainedParameter]:
@@ -250,29 +259,89 @@ def find_kv(model: PreTrainedModel) -> list[TrainedParameter]:
                 f"{type(module).__name__} has no W_K and W_V of its own "
                 f"({', '.join(projection.child for projection in projections)}); load a model that has them"
             )
-    found = _select(model, ("k", "v"))
+    found = find_parts(model, ("k", "v"))
     for item in found:
         if not (parameter := model.get_parameter(item.name)).is_floating_point():
             raise ValueError(f"{item.name} is quantized to {parameter.dtype}; load the model in bfloat16 or float32")
     return found
 
 
-def train_qk(model: PreTrainedModel) -> list[TrainedParameter]:
+def _head(model: PreTrainedModel) -> tuple[str, Any]:
+    """Return name and module of the LM head.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if head is not None and module is head:
+            return name, module
+    raise ValueError(f"{type(model).__name__} has no LM head to train; use method='e2e_qk', which trains W_Q and W_K")
+
+
+def find_head(model: PreTrainedModel) -> list[TrainedParameter]:
+    """Return the parameters of the LM head, by the names that they have once it is untied (:func:`untie_head`).
+
+    Raises:
+        ValueError: the model has no LM head.
+    """
+    name, head = _head(model)
+    return [TrainedParameter(f"{name}.{part}") for part, _ in head.named_parameters()]
+
+
+def untie_head(model: PreTrainedModel) -> None:
+    """Give the LM head a weight of its own if it shares that of the input embeddings, which then stay as they are.
+
+    The model computes what it did before. Its configuration says from now on that the two are not tied, so that
+    `save_pretrained` writes both.
+    """
+    name, head = _head(model)
+    embeddings: Any = model.get_input_embeddings()
+    if head.weight is embeddings.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    tied: Any = model.all_tied_weights_keys
+    tied.pop(f"{name}.weight", None)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def head_in_float32(model: PreTrainedModel) -> str:
+    """Untie the LM head, and let it compute in float32 whatever the hidden states are; return its name."""
+    untie_head(model)
+    name, head = _head(model)
+    head.float().register_forward_pre_hook(_in_dtype_of_weight)
+    return name
+
+
+def _in_dtype_of_weight(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(hidden.to(module.weight.dtype) for hidden in arguments)
+
+
+def train_qk(model: PreTrainedModel, *, head: bool = False) -> list[TrainedParameter]:
     """Make W_Q and W_K the only parameters that require a gradient; return them.
 
     In a fused projection the gradient of the value part is zeroed as it arrives, so that part does not move under
     any optimizer without weight decay.
+
+    Args:
+        model: a causal decoder.
+        head: train the LM head too, untied from the input embeddings.
+
+    Raises:
+        ValueError: projections of an unknown form, quantized ones, or no LM head.
     """
-    trained = find_qk(model)
+    trained = find_qk(model) + (find_head(model) if head else [])
+    for item in trained:
+        if not (parameter := model.get_parameter(item.name)).is_floating_point():
+            raise ValueError(f"{item.name} is quantized to {parameter.dtype}; train it with LoRA (lora=True)")
     model.requires_grad_(False)
+    if head:
+        untie_head(model)
     parameters = dict(model.named_parameters())
     for item in trained:
-        parameter = parameters[item.name]
-        if not parameter.is_floating_point():
-            raise ValueError(f"{item.name} is quantized to {parameter.dtype}; train it with LoRA (lora=True)")
-        parameter.requires_grad_(True)
+        parameters[item.name].requires_grad_(True)
         if item.fused:
-            parameter.register_hook(_keeping(item))
+            parameters[item.name].register_hook(_keeping(item))
     return trained
 
 
@@ -286,12 +355,25 @@ def _keeping(item: TrainedParameter) -> Any:
 
 
 def lora_qk(
-    model: PreTrainedModel, *, r: int = 16, alpha: int = 32, target_modules: list[str] | None = None
+    model: PreTrainedModel,
+    *,
+    r: int = 16,
+    alpha: int = 32,
+    target_modules: list[str] | None = None,
+    head: bool = False,
 ) -> PeftModel:
     """Wrap `model` with LoRA on the q and k projections (r = 16 in the paper), through PEFT.
 
+    Args:
+        model: a causal decoder.
+        r, alpha: rank of LoRA, and its scale times r.
+        target_modules: modules to adapt; None for the q and k projections.
+        head: train the LM head too, in full, in float32 and untied from the input embeddings (PEFT's
+            `modules_to_save`).
+
     Raises:
-        ValueError: r below 1, a fused projection (LoRA would move v too), or target modules that the model lacks.
+        ValueError: r below 1, a fused projection (LoRA would move v too), target modules that the model lacks, or no
+            LM head.
     """
     if r < 1:
         raise ValueError(f"LoRA rank must be at least 1, got {r}")
@@ -306,5 +388,8 @@ def lora_qk(
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     if missing := sorted(set(target_modules) - names):
         raise ValueError(f"{type(model).__name__} has no module named {', '.join(missing)}; it has {sorted(names)}")
-    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=target_modules, task_type="CAUSAL_LM")
+    saved = [head_in_float32(model)] if head else None
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, target_modules=target_modules, modules_to_save=saved, task_type="CAUSAL_LM"
+    )
     return get_peft_model(model, config)

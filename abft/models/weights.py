@@ -1,4 +1,4 @@
-"""Save and load what was trained, and nothing else: W_Q and W_K as safetensors, or a PEFT adapter.
+"""Save and load what was trained, and nothing else: W_Q, W_K and a trained LM head as safetensors, or a PEFT adapter.
 
 save_trained(model, trained, folder)          # qk_weights.safetensors + abft_config.json
 model = from_pretrained(folder)               # the base it names, with the weights on it
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 import abft.models.attention as _adapter
 from abft.files import whole, write_json
 from abft.models.loading import load_causal_lm, load_tokenizer
-from abft.models.projections import TrainedParameter, find_qk
+from abft.models.projections import TrainedParameter, find_head, find_qk, head_in_float32, untie_head
 
 __all__ = ["from_pretrained", "is_trained_folder", "load_trained", "merge", "save_trained"]
 
@@ -108,12 +108,17 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def load_trained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel | PeftModel:
     """Put what `folder` holds on top of the base `model`: W_Q / W_K in place, or a PEFT adapter around it.
 
+    A head that was trained replaces the model's, untied from the input embeddings.
+
     Raises:
         FileNotFoundError: the folder holds neither.
         ValueError: it was trained on another kind of model, or its shapes do not fit; nothing is changed then.
     """
     folder = Path(folder)
     if (folder / ADAPTER_CONFIG).is_file():
+        saved = PeftConfig.from_pretrained(str(folder)).modules_to_save or ()
+        if saved and any(item.name.rpartition(".")[0] in saved for item in find_head(model)):
+            head_in_float32(model)
         try:
             return PeftModel.from_pretrained(model, str(folder))
         except (RuntimeError, ValueError) as error:
@@ -129,9 +134,10 @@ def load_trained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
             f"({config['base_model_name_or_path']}), but this model is {model.config.model_type}"
         )
     targets = {item.name: item for item in find_qk(model)}
-    parameters = dict(model.named_parameters())
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    head = {item.name: item for item in find_head(model)} if len(tensors) > len(targets) else {}
+    targets |= head
     if set(tensors) != set(targets):
         unknown = sorted(set(tensors) ^ set(targets))
         raise ValueError(
@@ -139,7 +145,7 @@ def load_trained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
             f"{config['base_model_name_or_path']}?"
         )
     for name, tensor in tensors.items():
-        target = targets[name].view(parameters[name])
+        target = targets[name].view(model.get_parameter(name))
         if isinstance(target, DTensor):
             tensors[name] = tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
         if target.shape != tensor.shape:
@@ -147,9 +153,11 @@ def load_trained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
                 f"{name} has shape {tuple(tensor.shape)} in {folder} but {tuple(target.shape)} in the model; it was "
                 f"trained on {config['base_model_name_or_path']}"
             )
+    if head:
+        untie_head(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            targets[name].view(parameters[name]).copy_(tensor)
+            targets[name].view(model.get_parameter(name)).copy_(tensor)
     return model
 
 
@@ -194,6 +202,7 @@ def merge(
     model = from_pretrained(trained, base_model, dtype=dtype, attn_implementation=None)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
+        model.get_output_embeddings().to(model.dtype)  # a trained head is in float32
     with whole(output_dir) as temporary:
         model.save_pretrained(temporary)
         with suppress(OSError, ValueError):  # a base without a tokenizer is merged all the same

@@ -22,8 +22,9 @@ class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # l
     32 prompts, which set `gradient_accumulation_steps`.
 
     Args:
-        method: name of the objective: `"abft"`, `"e2e"` (cross-entropy of the gold label token at the last position),
-            or one that was registered (`abft.training.objectives.objective_registry`).
+        method: name of the objective: `"abft"`; `"e2e"`, cross-entropy of the gold label token at the last position,
+            on the LM head too; `"e2e_qk"`, the same without the head; or one that was registered
+            (`abft.training.objectives.objective_registry`).
         packing: concatenate the prompts of a batch along the sequence dimension (batch size 1), without padding.
         tokens_per_batch: with `packing`, most tokens of one pass; a batch with more takes several.
         tensor_parallel_size: processes that share a model loaded with `tp_plan="auto"`; the others hold other prompts.

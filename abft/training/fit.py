@@ -38,9 +38,10 @@ class FinishedTraining:
 
     @property
     def seconds(self) -> float:
-        """Run time of this process, without what it resumed."""
+        """Run time of this process, without what it resumed and without saving checkpoints."""
         log = self.trainer.state.log_history
-        return next(entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry)
+        whole = next(entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry)
+        return whole - self.trainer.checkpoint_seconds
 
 
 def fit(

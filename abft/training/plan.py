@@ -185,8 +185,8 @@ def plan(
     Args:
         model: model folder, its `config.json`, or a name on the Hugging Face Hub.
         context: tokens of a pass.
-        mode: `"full"` or `"restricted"` gradients of ABFT, `"e2e"`, `"inference"` (evaluation), or a mode of an
-            objective that was registered; see :func:`modes`.
+        mode: `"full"` or `"restricted"` gradients of ABFT, `"e2e"`, `"e2e_qk"`, `"inference"` (evaluation), or a mode
+            of an objective that was registered; see :func:`modes`.
         precision: of the base: `"float32"`, `"bfloat16"`, `"float16"`, or `"nf4"` (with LoRA).
         lora, lora_r: adapters on q and k in place of W_Q and W_K; their rank.
         gradient_checkpointing: recompute each layer in the backward pass.
@@ -215,9 +215,10 @@ def plan(
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=DTYPES[precision])
         check_architecture(base)
-        whole: Any = lora_qk(base, r=lora_r) if lora else base
+        head = run.objective is not None and run.objective.trains_head
+        whole: Any = lora_qk(base, r=lora_r, head=head) if lora else base
     if not lora:
-        train_qk(base)
+        train_qk(base, head=head)
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole.to_empty(device="cpu")
         whole.train(run.objective is not None)

@@ -12,6 +12,7 @@ Source: arXiv 2505.14233, sections 3 and 4 for the loss and the defaults.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -57,7 +58,8 @@ class ABFTTrainer(Trainer):
 
     Attributes:
         objective: computes the loss of `args.method`, and holds its state.
-        trained: W_Q and W_K; empty with LoRA.
+        trained: W_Q and W_K, and the LM head if the objective trains it; empty with LoRA.
+        checkpoint_seconds: time that saving checkpoints took so far, which `train_runtime` includes.
 
     Raises:
         ValueError: no prompts; targets without `label_id` for `method="e2e"`; weight decay on a fused projection, which
@@ -83,10 +85,17 @@ class ABFTTrainer(Trainer):
         check_lengths(model, args, train_dataset)
         enable(model)
         self.trained: list[TrainedParameter] = []
+        self.checkpoint_seconds = 0.0
         if args.lora:
-            model = lora_qk(model, r=args.lora_r, alpha=args.lora_alpha, target_modules=args.lora_target_modules)  # type: ignore[assignment]
+            model = lora_qk(  # type: ignore[assignment]
+                model,
+                r=args.lora_r,
+                alpha=args.lora_alpha,
+                target_modules=args.lora_target_modules,
+                head=self.objective.trains_head,
+            )
         else:
-            self.trained = train_qk(model)
+            self.trained = train_qk(model, head=self.objective.trains_head)
             if warning := check_trained(model, args, self.trained):
                 warnings.warn(warning, stacklevel=2)
         pad_token_id = padding_id(train_dataset, model.config.get_text_config())
@@ -194,7 +203,19 @@ class ABFTTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def trained_parameters(self) -> int:
+        """Return the number of entries that training moves: of fused projections those of q and k alone."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self.trained:
+            return sum(item.view(model.get_parameter(item.name)).numel() for item in self.trained)
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
     # --- saving -------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        started = time.perf_counter()
+        super()._save_checkpoint(*args, **kwargs)
+        self.checkpoint_seconds += time.perf_counter() - started
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.trained:

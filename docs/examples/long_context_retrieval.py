@@ -121,7 +121,7 @@ def run_seed(seed: int, options: argparse.Namespace, lengths: list[int]) -> dict
     results = {}
     for name, method, rate in (
         ("vanilla", None, 0.0),
-        ("E2E", "e2e", options.e2e_learning_rate),
+        ("E2E", "e2e_qk", options.e2e_learning_rate),
         ("targets", "abft", options.learning_rate),
     ):
         tuned = model if method is None else fine_tune(model, training, method, rate, seed)

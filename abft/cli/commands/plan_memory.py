@@ -15,7 +15,9 @@ class PlanOptions(ModelOptions):
     """Estimate memory of a run on some GPUs."""
 
     context: int = field(default=2048, metadata={"help": "tokens of one pass: of a prompt, or of packed prompts"})
-    mode: str = field(default="full", metadata={"help": "full or restricted gradients, e2e, or inference (evaluation)"})
+    mode: str = field(
+        default="full", metadata={"help": "full or restricted gradients, e2e, e2e_qk, or inference (evaluation)"}
+    )
     precision: str = field(default="bfloat16", metadata={"help": "of the base: float32, bfloat16, float16 or nf4"})
     lora: bool = field(default=False, metadata={"help": "train LoRA adapters; always with nf4"})
     lora_r: int = field(default=16, metadata={"help": "rank of LoRA"})

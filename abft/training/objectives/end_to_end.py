@@ -1,4 +1,4 @@
-"""E2E, the paper's baseline: cross-entropy of the gold label token at the last position."""
+"""E2E, the paper's baseline, with and without the LM head: cross-entropy of the gold label token."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ from torch import Tensor
 
 from abft.training.objectives.objective import Batch, LogitObjective, SampleLosses
 
-__all__ = ["EndToEnd"]
+__all__ = ["EndToEnd", "EndToEndProjections"]
 
 
-class EndToEnd(LogitObjective):
+class EndToEndProjections(LogitObjective):
     """Cross-entropy of the gold label's first token, over the same parameters and samples as ABFT."""
 
-    name = "e2e"
-    description = "cross-entropy of the gold label token (the paper's baseline)"
+    name = "e2e_qk"
+    description = "cross-entropy of the gold label token, on the parameters of abft"
     sample_needs = ("label_id",)
 
     def losses(self, outputs: Tensor, batch: Batch) -> SampleLosses:
         return SampleLosses(F.cross_entropy(outputs.float(), batch["label_ids"], reduction="none"), {})
+
+
+class EndToEnd(EndToEndProjections):
+    """The same loss, on W_Q, W_K and the LM head (arXiv 2505.14233, section 3 and Table 2)."""
+
+    name = "e2e"
+    description = "cross-entropy of the gold label token, on the LM head too (the paper's baseline)"
+    trains_head = True

@@ -41,6 +41,7 @@ class Objective(ABC):
         restrictable: the loss is a sum over layers, so that each layer's gradient can be taken inside the forward pass
             (`restricted_gradient`).
         heads_apart: the loss is a sum over heads, of which each process of a tensor-parallel group has its own.
+        trains_head: the LM head is trained beside W_Q and W_K.
         sample_needs: attributes of a sample that must not be None.
     """
 
@@ -48,6 +49,7 @@ class Objective(ABC):
     description: ClassVar[str]
     restrictable: ClassVar[bool] = False
     heads_apart: ClassVar[bool] = False
+    trains_head: ClassVar[bool] = False
     sample_needs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: TrainingOptions) -> None:

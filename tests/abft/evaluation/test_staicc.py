@@ -13,8 +13,10 @@ import torch
 
 from abft.evaluation.classification import Evaluation, evaluate
 from abft.evaluation.staicc import (
+    _FILES,
     StaICCRandom,
     TaskData,
+    _package_file,
     load_task_data,
     read_pickle,
     split_task,
@@ -104,6 +106,72 @@ def test_templates_are_theirs(pair, staicc):
             for drawn, query in zip(draws, ours.queries, strict=False)
         ]
         assert prompts == theirs.prompt_set()
+
+
+# --- the other tests' prompts, with small splits (their sampler copies the pool for each draw) ---------------------
+
+
+@pytest.fixture(scope="module", params=[("FP", 4), ("TREC", 4), ("TEE", 3)], ids=lambda case: f"{case[0]}-k{case[1]}")
+def texts_of_a_task(request, staicc):
+    """Our suite with a builder of texts in place of prompts, and the arguments of their experimentors."""
+    name, k = request.param
+    index = [task.name for task in TASKS].index(name)
+    task, sizes = staicc_task(index), (128, 200, 64)
+    data = split_task(task, read_pickle(_package_file(f"cached_dataset/{_FILES[name][0]}.dataset"), task), sizes)
+    suite = TaskSuite(data, SimpleNamespace(), k)
+
+    class Texts(PromptBuilder):
+        def __init__(self, task):
+            self.task = task
+
+        def build_set(self, pairs):
+            return [self.text(demonstrations, query) + " " for demonstrations, query in pairs]
+
+    suite.__dict__["builder"] = Texts(data.task)  # a cached property
+    return suite, {"original_dataset": getattr(staicc.loaders, LOADERS[index])(), "k": k, "dividing": list(sizes)}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_unseen_labels_are_their_out_of_domain_mode(texts_of_a_task, staicc):
+    ours, theirs = texts_of_a_task
+    theirs = staicc.experimentor.single_experimentor(**theirs)
+    theirs.set_out_of_domain_mode()
+    assert ours.unseen() == theirs.prompt_set()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_biased_queries_are_theirs(texts_of_a_task, staicc):
+    ours, arguments = texts_of_a_task
+    for kind, made in (("contextual", ours.empty_queries()), ("domain", ours.random_word_queries())):
+        theirs = staicc.experimentor.prior_bias_experimentor(**arguments, bias_type=kind)
+        assert made == theirs.prompt_set(), kind
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrong_labels_are_theirs(texts_of_a_task, staicc):
+    ours, arguments = texts_of_a_task
+    theirs = staicc.experimentor.GLER_experimentor(**arguments)
+    theirs._sensitivity_init()
+    for made in ours.with_wrong_labels():
+        assert made == theirs.prompt_set()
+        theirs._sensitivity_step()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_calibration_prompts_are_theirs(texts_of_a_task, staicc):
+    from StaICC.prefabricate_inference.standard_calibration import contextual_calibration
+
+    ours, arguments = texts_of_a_task
+    theirs = staicc.experimentor.single_experimentor(**arguments)
+    shown = []
+    contextual_calibration(theirs.get_label_space()).train(
+        theirs.prompt_former.write_prompt_from_dataline,
+        lambda prompt, label_space: shown.append(prompt) or [0.0] * len(label_space),
+        theirs.calibration_set(),
+        calibration_number=512,
+        k=ours.k,
+    )
+    assert ours.calibration_prompts() == shown
 
 
 def test_subjectivity_has_our_words_unless_theirs_are_asked_for(staicc):

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from abft.evaluation.classification import evaluate
-from abft.evaluation.staicc import StaICCRandom
 from abft.evaluation.suites import CALIBRATION, TESTS, TaskSuite, check_tests, correct_by_query
 from abft.prompts.builder import PromptBuilder
 
@@ -25,7 +24,7 @@ def decoded(suite: TaskSuite, prompt) -> str:
 
 def test_every_test_gives_its_results(suite, demo_model):
     results = suite.run(demo_model, (*TESTS, CALIBRATION), progress=False)
-    assert set(results) == {*TESTS, CALIBRATION, "heads"}
+    assert set(results) == {*TESTS, CALIBRATION, "heads", "unseen_heads"}
     normal = results["Normal"]
     assert normal["n"] == len(normal["predictions"]) == 32
     right = sum(p == y for p, y in zip(normal["predictions"], normal["labels"], strict=True))
@@ -40,6 +39,10 @@ def test_every_test_gives_its_results(suite, demo_model):
     assert results["GLER"]["gler"] == pytest.approx(np.polyfit(shares, accuracies, 1)[0])
     assert 0 < results["Bias"]["contextual"]["entropy"] <= math.log(4)
     assert results["Unseen"]["n"] == 32
+    unseen = results["unseen_heads"]
+    assert not np.any(unseen["mass_correct"])
+    assert np.all(np.array(unseen["mass_wrong"]) > 0)
+    assert results["ZeroShot"]["n"] == 16
     calibrated = results[CALIBRATION]
     assert calibrated["labels"] == normal["labels"]
 
@@ -60,12 +63,15 @@ def test_limit_keeps_the_first_queries_with_their_own_demonstrations(suite):
     assert few.templates()[3] == suite.templates()[3][:5]
     whole = suite.demonstration_draws()
     assert list(few.demonstration_draws()) == [p for draw in range(8) for p in whole[16 * draw : 16 * draw + 5]]
-    wrong = suite.with_wrong_labels(0.5)
-    assert list(few.with_wrong_labels(0.5)) == [p for i, p in enumerate(wrong) if i % 16 < 5]
+    for make in ("unseen", "empty_queries", "random_word_queries"):
+        assert list(getattr(few, make)()) == [p for i, p in enumerate(getattr(suite, make)()) if i % 16 < 5], make
+    for some, all_of_them in zip(few.with_wrong_labels(), suite.with_wrong_labels(), strict=True):
+        assert list(some) == [p for i, p in enumerate(all_of_them) if i % 16 < 5]
+    assert few.zero_shot() == suite.zero_shot()[:5]
 
 
 def test_wrong_labels_are_the_next_class(suite):
-    right, half, all_wrong = (suite.with_wrong_labels(rate) for rate in (0, 0.5, 1))
+    right, _, half, _, all_wrong = suite.with_wrong_labels()
     assert right == suite.normal
     for before, after in zip(right, all_wrong, strict=True):
         assert [(label + 1) % 4 for label in before.demonstration_labels] == list(after.demonstration_labels)
@@ -92,6 +98,22 @@ def test_unseen_label_never_shown(suite):
         replace(suite, k=55).unseen()
 
 
+def test_unseen_with_more_demonstrations_than_a_draw_would_miss(suite):
+    """One draw in 140,000 shows no demonstration of the class: the others are drawn directly."""
+    prompts = replace(suite, k=30).unseen()
+    assert all(prompt.query_label not in prompt.demonstration_labels for prompt in prompts)
+    assert all(len(prompt.demonstration_labels) == 30 for prompt in prompts)
+
+
+def test_zero_shot_shows_the_query_alone(suite, small_data):
+    prompts = suite.zero_shot()
+    assert [decoded(suite, prompt) for prompt in prompts] == [
+        decoded(suite, suite.builder.build([], query)) for query in small_data.queries
+    ]
+    assert decoded(suite, prompts[0]).count("topic :") == 1
+    assert not any(prompt.demonstration_labels for prompt in prompts)
+
+
 def test_templates_vary_four_parts(suite):
     builders = [prompts.builder for prompts in suite.templates()]
     for part in ("instruction", "text_prefix", "label_prefix", "separator"):
@@ -102,20 +124,23 @@ def test_templates_vary_four_parts(suite):
 
 
 def test_bias_prompts_ask_nothing(suite, small_data):
-    prompt = suite.empty_queries(small_data.demonstrations, 1)[0]
-    assert decoded(suite, prompt).endswith("text : topic :")
-    drawn = StaICCRandom().sample(small_data.demonstrations, 4)
-    assert list(prompt.demonstration_labels) == [example.label for example in drawn]
+    prompts = suite.empty_queries()
+    assert decoded(suite, prompts[0]).endswith("text : topic :")
+    assert [prompt.demonstration_labels for prompt in prompts] == [p.demonstration_labels for p in suite.normal]
     words = suite.random_word_queries()[0]
     query = decoded(suite, words).rsplit("text :", 1)[1].rsplit("topic :", 1)[0].split()
     known = {word for example in small_data.demonstrations for word in example.text.split()}
+    assert len(suite.random_word_queries()) == 32
     assert len(query) == 128
     assert set(query) <= known
 
 
 def test_calibration_divides_by_the_mean_answer_to_nothing(suite, demo_model, small_data):
     normal = evaluate(demo_model, suite.normal, progress=False)
-    empty = suite.empty_queries(small_data.train, 128)
+    empty = suite.calibration_prompts()
+    assert len(empty) == 512
+    shown = {decoded(suite, prompt).rsplit("text :", 1)[1] for prompt in empty}
+    assert shown == {" topic :"}
     prior = evaluate(demo_model, empty, progress=False).probabilities.mean(0)
     expected = (normal.probabilities / prior).argmax(1)
     found = suite.run(demo_model, [CALIBRATION], progress=False)[CALIBRATION]
@@ -147,6 +172,7 @@ def test_queries_not_prompts_are_what_is_counted():
     """Prompts of the first draw, then of the second: query 0 is right twice, query 1 once, query 2 never."""
     result = {"predictions": [0, 0, 0, 0, 1, 0], "labels": [0, 1, 2, 0, 1, 2]}
     assert correct_by_query(result).tolist() == [1, 0.5, 0]
+    assert correct_by_query({**result, "draws": 1}).tolist() == [1, 0, 0, 1, 1, 0]
 
 
 def test_unknown_test():

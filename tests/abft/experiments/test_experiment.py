@@ -10,10 +10,13 @@ from huggingface_hub import ModelCard
 
 import abft
 from abft.demo.run import MODEL
+from abft.experiments.comparison import compare_runs
 from abft.experiments.experiment import Experiment, ExperimentOptions
 from abft.experiments.methods import GROUPS, METHODS, resolve_methods
 from abft.experiments.results import Results
 from abft.experiments.runs import RunKey, read_run
+from abft.models.loading import load_base
+from abft.models.projections import find_qk
 from abft.training.options import TrainingOptions
 from abft.training.trainer import ABFTTrainer
 
@@ -33,8 +36,19 @@ def test_runs_and_their_results(experiment_folder):
         "GLER",
         "Bias",
         "Unseen",
+        "ZeroShot",
         "heads",
+        "unseen_heads",
     }
+    assert run.training["checkpoint_seconds"] > 0
+    sizes = [
+        read_run(experiment_folder / "runs" / f"{method}-topics-n32-seed0").training["trained_parameters"]
+        for method in ("abft", "e2e")
+    ]
+    base = load_base(str(MODEL))
+    head = base.get_output_embeddings().weight
+    assert sizes[0] == sum(base.get_parameter(item.name).numel() for item in find_qk(base))
+    assert sizes[1] - sizes[0] == head.numel()
     assert set(run.tests["moods"]) == {"Normal", "heads"}
     assert {"versions", "date", "command", "processor", "commit"} <= set(run.provenance)
     vanilla = read_run(experiment_folder / "runs" / "vanilla-moods")
@@ -67,6 +81,9 @@ def test_model_card(experiment_folder):
     values = {result.dataset_name: result.metric_value for result in card.data.eval_results}
     assert values["moods"] == round(accuracy, 4)
     assert f"| moods | {100 * accuracy:.1f} % |" in card.text
+    assert "W_Q and W_K of `demo`" in card.text
+    end_to_end = ModelCard.load(experiment_folder / "runs" / "e2e-moods-n32-seed0" / "weights" / "README.md")
+    assert "W_Q and W_K, and the LM head of `demo`" in end_to_end.text
 
 
 def test_what_is_done_is_not_done_again(experiment_folder, experiment_options, monkeypatch):
@@ -232,6 +249,20 @@ def test_a_folder_from_before_an_option(experiment_folder, experiment_options, t
         Experiment(replace(options, head_filter=False))
 
 
+def test_runs_of_an_earlier_protocol_are_refused(experiment_folder, experiment_options, tmp_path):
+    """Their methods and prompts meant something else."""
+    copy = tmp_path / "copy"
+    shutil.copytree(experiment_folder, copy)
+    path = copy / "runs" / "abft-moods-n32-seed1" / "run.json"
+    content = json.loads(path.read_text())
+    del content["settings"]["protocol"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="was made with protocol=1, now it is 2; choose another --output_dir"):
+        Experiment(replace(experiment_options, output_dir=str(copy)))
+    with pytest.raises(ValueError, match="the runs have different prompts: protocol is 2 and None"):
+        compare_runs(copy / "runs" / "vanilla-moods", path.parent)
+
+
 def test_training_options_are_declared_once(experiment_options, tmp_path):
     """`abft train` and `abft experiment` take the same training options, and an experiment hands them on."""
     options = {option.name: option for option in fields(TrainingOptions)}
@@ -290,3 +321,5 @@ def test_file_with_code_in_it(experiment_options, tmp_path, monkeypatch):
 def test_methods():
     assert [method.name for method in resolve_methods(["e2e", "paper"])] == list(GROUPS["paper"])
     assert all(set(method.options or {}) <= set(abft.ABFTConfig.__dataclass_fields__) for method in METHODS.values())
+    ablations = [METHODS[name].options for name in GROUPS["ablation"] if name not in ("vanilla", "abft")]
+    assert [options.pop("adaption") for options in map(dict, ablations)] == ["none"] * 4  # the paper's Table 4

@@ -20,12 +20,13 @@ from abft.experiments.analyses.definition import Analysis
 from abft.experiments.analyses.induction import InductionOptions
 from abft.experiments.analyses.momentum_attention import MomentumOptions
 from abft.experiments.analyze import PARTS, AnalyzeOptions, analyze
-from abft.experiments.claims import claims
+from abft.experiments.claims import Figures, claims, judge, published_figures
 from abft.experiments.comparison import compare_runs
 from abft.experiments.methods import METHODS
+from abft.experiments.paper_tables import AVERAGES, published_averages
 from abft.experiments.report import write_report
 from abft.experiments.report_tables import experiment_tables, overview_table
-from abft.experiments.results import Results, paper_averages
+from abft.experiments.results import Results
 from abft.experiments.runs import FORMAT_VERSION, Run, RunKey
 from abft.experiments.tables import Table, points, with_error
 from abft.files import write_json
@@ -83,6 +84,8 @@ def made(tmp_path, accuracies, *, methods=None, model="demo", **extra) -> Path:
                 seconds = {"abft": 10.0, "e2e": 25.0}.get(method, 10.0)
                 training = {
                     "seconds": seconds,
+                    "checkpoint_seconds": 1.0,
+                    "trained_parameters": {"abft": 1000, "e2e": 12345}.get(method, 1000),
                     "steps": 32,
                     "peak_memory_bytes": 2**30,
                     "resumed": False,
@@ -130,10 +133,10 @@ def test_robustness_table(tmp_path):
         "contextual": {"distribution": [0.25] * 4, "entropy": half},
         "domain": {"distribution": [0.25] * 4, "entropy": sure},
     }
-    tests = {"GLER": {"gler": 0.4}, "Unseen": {"accuracy": 0.125}, "Bias": bias}
+    tests = {"GLER": {"gler": 0.4}, "Unseen": {"accuracy": 0.125}, "ZeroShot": {"accuracy": 0.25}, "Bias": bias}
     tables = experiment_tables(Results(made(tmp_path, GOOD, abft=tests)))
     (table,) = (table for table in tables if table.name.endswith("robustness"))
-    assert table.rows == [["ABFT", "40.0 ± 0.0", "12.5 ± 0.0", "50.0 ± 0.0", "0.0 ± 0.0"]]
+    assert table.rows == [["ABFT", "40.0 ± 0.0", "12.5 ± 0.0", "25.0 ± 0.0", "50.0 ± 0.0", "0.0 ± 0.0"]]
 
 
 def test_time_of_resumed_training_is_not_counted(tmp_path):
@@ -143,21 +146,35 @@ def test_time_of_resumed_training_is_not_counted(tmp_path):
     content["training"] |= {"resumed": True, "seconds": 1000.0}
     path.write_text(json.dumps(content))
     assert Results(folder).seconds("abft") == (10, 0)
+    assert Results(folder).seconds("abft", checkpoints=True) == (11, 0)
+
+
+def test_time_with_checkpoints_of_earlier_runs_stands_apart(tmp_path):
+    """Runs from before checkpoints were timed tell the whole time alone."""
+    folder = made(tmp_path, GOOD)
+    for path in folder.glob("runs/e2e-*/run.json"):
+        content = json.loads(path.read_text())
+        del content["training"]["checkpoint_seconds"], content["training"]["trained_parameters"]
+        path.write_text(json.dumps(content))
+    results = Results(folder)
+    assert results.seconds("e2e") == (None, None)
+    assert results.seconds("e2e", checkpoints=True) == (25, 0)
+    assert results.trained_parameters("e2e") is None
 
 
 def test_transfer_table(tmp_path):
     tables = {table.name.split("-")[-1]: table for table in experiment_tables(Results(made(tmp_path, GOOD)))}
     rows = {row[0]: row[1:] for row in tables["transfer"].rows}
-    assert rows["vanilla"] == ["", "", "", "55.0", "55.0"]
-    assert rows["ABFT"] == ["10.0 ± 0.0", "1.00", "1.00", "77.5 ± 2.5", "56.5 ± 0.5"]
-    assert rows["E2E"] == ["25.0 ± 0.0", "2.50", "1.00", "78.5 ± 0.5", "45.0 ± 0.0"]
+    assert rows["vanilla"] == ["", "", "", "", "", "55.0", "55.0"]
+    assert rows["ABFT"] == ["1,000", "10.0 ± 0.0", "11.0 ± 0.0", "1.00", "1.00", "77.5 ± 2.5", "56.5 ± 0.5"]
+    assert rows["E2E"] == ["12,345", "25.0 ± 0.0", "26.0 ± 0.0", "2.50", "1.00", "78.5 ± 0.5", "45.0 ± 0.0"]
     against = {row[0]: row[1:] for row in tables["vanilla"].rows}
     assert re.match(r"\+25\.0 \[\+1\d\.\d, \+3\d\.\d\]\*", against["a"][0])
 
 
 def test_claims_that_hold(tmp_path):
     found = claims(Results(made(tmp_path, GOOD, vanilla=consistent(0.6), abft=consistent(0.8))))
-    gain, level, transfer, consistency, ablations, time_ = found
+    gain, level, transfer, consistency, parts, order, time_ = found
     assert gain.holds
     assert "+22.5 points" in gain.evidence
     assert level.holds
@@ -166,7 +183,7 @@ def test_claims_that_hold(tmp_path):
     assert "ABFT 56.5 %, E2E 45.0 %, untrained 55.0 %" in transfer.evidence
     assert consistency.holds
     assert "60.0 → 80.0" in consistency.evidence
-    assert ablations.holds is None
+    assert parts.holds is order.holds is None
     assert time_.holds
     assert "2.50" in time_.evidence
 
@@ -181,24 +198,82 @@ def test_claims_that_do_not_hold(tmp_path):
         "no_pid_no_filter": {"a": [0.6]}, "a0": {"a": [0.7]}, "b0": {"a": [0.3]},
     }  # fmt: skip
     found = claims(Results(made(tmp_path, bad, vanilla=consistent(0.9), abft=consistent(0.8))))
-    assert [claim.holds for claim in found[:5]] == [False, False, None, False, False]
+    assert [claim.holds for claim in found[:6]] == [False, False, None, False, False, False]
+    assert "no fall: ABFT without PID, ABFT without PID and filter, ABFT with A = 0" in found[4].evidence
 
 
 def test_ablations_in_order(tmp_path):
     names = ("vanilla", "abft", "no_pid", "no_pid_no_filter", "a0", "b0")
     falling = {name: {"a": [0.8 - 0.05 * i]} for i, name in enumerate(names)} | {"vanilla": {"a": [0.5]}}
-    assert claims(Results(made(tmp_path / "1", falling)))[4].holds
+    parts, order = claims(Results(made(tmp_path / "1", falling)))[4:6]
+    assert parts.holds
+    assert order.holds
     level = {name: {"a": [0.8]} for name in names}
-    claim = claims(Results(made(tmp_path / "2", level)))[4]
+    claim = claims(Results(made(tmp_path / "2", level)))[5]
     assert claim.holds is False
     assert "no step contradicts the order" in claim.evidence
 
 
+def test_plain_numbers_are_judged_by_the_same_criteria():
+    """Without predictions there is no interval: differences of means, of one point and of three."""
+
+    def verdicts(**figures):
+        return {claim.name: claim.holds for claim in judge(Figures(**figures)) if claim.holds is not None}
+
+    assert verdicts() == {}
+    assert verdicts(accuracy={"vanilla": 0.5, "abft": 0.511}) == {"gain": True}
+    assert verdicts(accuracy={"vanilla": 0.5, "abft": 0.509}) == {"gain": False}
+    assert verdicts(accuracy={"abft": 0.6, "e2e": 0.629}) == {"level": True}
+    assert verdicts(accuracy={"abft": 0.6, "e2e": 0.631}) == {"level": False}
+    assert verdicts(accuracy={"abft": 0.6, "e2e": 0.6}, prompts=1024) == {}
+    assert verdicts(away={"abft": 0.5, "e2e": 0.5}) == {"transfer": False}
+    assert verdicts(seconds={"abft": 10, "e2e": 10.4}) == {"time": False}
+    falling = dict(zip(("abft", "no_pid", "no_pid_no_filter", "a0", "b0"), (0.8, 0.7, 0.6, 0.5, 0.4), strict=True))
+    assert verdicts(accuracy=falling) == {"parts": True, "order": True}
+    assert verdicts(accuracy={**falling, "b0": 0.55}) == {"parts": True, "order": False}
+    assert verdicts(accuracy={**falling, "no_pid": 0.795}) == {"parts": False, "order": False}
+
+
+def test_the_papers_own_tables_are_judged():
+    """docs/evaluation.md shows these verdicts, the failures included."""
+    path = Path(__file__).resolve().parents[3] / "docs" / "evaluation.md"
+    section = path.read_text().split("<!-- verdicts -->")[1]
+    shown = {
+        (cells[0], cells[1]): cells[2]
+        for line in section.splitlines()
+        if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 4 and cells[0].startswith("Table")
+    }
+    found: dict = {}
+    for name, figures in published_figures().items():
+        table, model = name.split(", ")
+        for claim in judge(figures):
+            if claim.holds is not None:
+                found.setdefault((table, claim.name), []).append((claim.holds, model))
+    rows = {
+        key: f"{sum(holds for holds, _ in of)} of {len(of)}"
+        + (f" (not {', '.join(model for holds, model in of if not holds)})" if not all(h for h, _ in of) else "")
+        for key, of in found.items()
+    }
+    assert shown == rows
+
+
+def test_published_averages_are_means_over_the_tasks():
+    """Three rows of Table 1, read value by value."""
+    rows = {
+        ("simplescaling/s1.1-32B", "vanilla"): (94.82, 94.24, 91.11, 50.20, 69.63, 89.65, 68.36, 72.17),
+        ("chargoddard/llama3-42b-v0", "abft"): (95.02, 93.85, 94.87, 48.10, 64.70, 90.09, 69.24, 70.85),
+        ("nyunai/nyun-c2-llama3-56B", "calibration"): (92.29, 92.77, 69.92, 50.49, 68.75, 65.92, 58.11, 62.70),
+    }
+    for (model, method), values in rows.items():
+        assert AVERAGES[model][method] == pytest.approx(sum(values) / 8, abs=0.006), model
+    assert len(AVERAGES) == 9
+
+
 def test_papers_figures_stand_beside_its_models(tmp_path):
-    assert paper_averages("meta-llama/Meta-Llama-3-8B") == (66.60, 80.20)
-    assert paper_averages("models/gpt2-xl") == (50.13, 67.74)
-    assert paper_averages("tiiuae/Falcon3-7B-Base") == (67.55, 79.59)
-    assert paper_averages("Llama-3.1-8B") is None
+    assert published_averages("meta-llama/Meta-Llama-3-8B") == {"vanilla": 66.60, "calibration": 62.02, "abft": 80.20}
+    assert published_averages("models/gpt2-xl")["abft"] == 67.74
+    assert published_averages("tiiuae/Falcon3-7B-Base")["vanilla"] == 67.55
+    assert published_averages("Llama-3.1-8B") == {}
     results = Results(made(tmp_path, GOOD, model="Qwen/Qwen2.5-32B"))
     table = overview_table([results])
     assert table.columns[-1] == "paper's average"
@@ -296,8 +371,8 @@ def test_analysis(analysed, monkeypatch):
     distance = content["parts"]["distance"]
     assert set(distance) == {"abft", "e2e"}
     # A layer after the last induction head does not change with ABFT.
-    assert all(0 <= value < 1 for layers in distance.values() for value in layers)
-    assert all(max(layers) > 1e-4 for layers in distance.values())
+    assert all(0 <= value < 1 for shifts in distance.values() for value in shifts["relative"])
+    assert all(max(shifts[part]) > 1e-4 for shifts in distance.values() for part in ("relative", "q", "k"))
     connectivity = content["parts"]["connectivity"]
     # The ends of the line are corners of the plane.
     assert connectivity["line"]["accuracy"][0] == connectivity["accuracy"][1][0]

@@ -108,7 +108,7 @@ def test_the_command_line(seven_billion, capsys):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"mode": "half"}, "mode must be one of full, restricted, e2e, inference, got 'half'"),
+        ({"mode": "half"}, "mode must be one of full, restricted, e2e, e2e_qk, inference, got 'half'"),
         ({"precision": "int8"}, "precision must be one of"),
         ({"context": 200_000}, "context=200000 is beyond the model's 131072 tokens"),
         ({"gpus": 0}, "must be positive"),
