@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from abft.models.loading import context_of
@@ -14,7 +14,7 @@ from abft.prompts.targets import AttentionTarget
 from abft.training.config import ABFTConfig
 from abft.training.objectives.objective import Objective
 
-__all__ = ["Samples", "check_engine", "check_lengths", "check_trained", "out_of_memory_advice"]
+__all__ = ["Samples", "check_decay", "check_engine", "check_lengths", "out_of_memory_advice"]
 
 Samples: TypeAlias = Sequence[AttentionTarget]
 
@@ -33,24 +33,13 @@ def check_lengths(model: PreTrainedModel, args: ABFTConfig, samples: Samples) ->
         )
 
 
-def check_trained(model: nn.Module, args: ABFTConfig, trained: Sequence[TrainedParameter]) -> str | None:
-    """Return a warning about W_Q and W_K that lose their updates in half precision, or None.
-
-    Raises:
-        ValueError: weight decay on a fused projection, which would move v.
-    """
+def check_decay(args: ABFTConfig, trained: Sequence[TrainedParameter]) -> None:
+    """Raise ValueError for weight decay on a fused projection, which would move v."""
     if args.weight_decay and any(item.fused for item in trained):
         raise ValueError(
             f"weight_decay={args.weight_decay} would move the value part of {trained[0].name}; "
             "set it to 0, or train with LoRA"
         )
-    dtypes = [model.get_parameter(item.name).dtype for item in trained]
-    if half := [dtype for dtype in dtypes if dtype.itemsize < 4]:
-        return (
-            f"W_Q and W_K are in {half[0]}, which rounds most updates of learning_rate={args.learning_rate:g} "
-            "away. Load the model with dtype=torch.float32 and set bf16=True for speed, or use lora=True"
-        )
-    return None
 
 
 def check_engine(trainer: Trainer, objective: Objective, trained: Sequence[TrainedParameter]) -> None:

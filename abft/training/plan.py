@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from abft.models.attention import ATTENTION, check_architecture
 from abft.models.loading import context_of
 from abft.models.masses import layer_masses
+from abft.models.mixed_precision import float32_masters
 from abft.models.projections import lora_qk, train_qk
 from abft.training.objectives.objective import Objective
 from abft.training.objectives.objective_registry import DEFAULT, plan_modes
@@ -216,8 +217,8 @@ def plan(
         base = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=DTYPES[precision])
         check_architecture(base)
         whole: Any = lora_qk(base, r=lora_r) if lora else base
-    if not lora:
-        train_qk(base)
+    if not lora and run.objective is not None:
+        float32_masters(base, train_qk(base), "cpu")
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole.to_empty(device="cpu")
         whole.train(run.objective is not None)

@@ -12,7 +12,6 @@ Source: arXiv 2505.14233, sections 3 and 4 for the loss and the defaults.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,15 +23,16 @@ from transformers import PreTrainedModel, Trainer
 
 from abft.evaluation.classification import evaluate
 from abft.models.attention import enable
+from abft.models.mixed_precision import float32_masters
 from abft.models.projections import TrainedParameter, lora_qk, train_qk
 from abft.models.weights import load_trained, save_trained, whole_state_dict
 from abft.prompts.collation import Collator, padding_id
 from abft.training.checkpoints import check_method, recorded_options
 from abft.training.checks import (
     Samples,
+    check_decay,
     check_engine,
     check_lengths,
-    check_trained,
     out_of_memory_advice,
 )
 from abft.training.config import ABFTConfig
@@ -86,8 +86,8 @@ class ABFTTrainer(Trainer):
             model = lora_qk(model, r=args.lora_r, alpha=args.lora_alpha, target_modules=args.lora_target_modules)  # type: ignore[assignment]
         else:
             self.trained = train_qk(model)
-            if warning := check_trained(model, args, self.trained):
-                warnings.warn(warning, stacklevel=2)
+            check_decay(args, self.trained)
+            float32_masters(model, self.trained, args.device)
         pad_token_id = padding_id(train_dataset, model.config.get_text_config())
         collator = Collator(pad_token_id, packing=args.packing, tokens_per_batch=args.tokens_per_batch)
         super().__init__(
