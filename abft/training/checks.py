@@ -27,7 +27,7 @@ def check_lengths(model: PreTrainedModel, args: ABFTConfig, samples: Samples) ->
         raise ValueError(
             f"the longest prompt has {longest} tokens, the model's context {context}; lower k, or take shorter texts"
         )
-    if args.tokens_per_batch is not None and longest > args.tokens_per_batch:
+    if isinstance(args.tokens_per_batch, int) and longest > args.tokens_per_batch:
         raise ValueError(
             f"the longest prompt has {longest} tokens, over tokens_per_batch={args.tokens_per_batch}; raise it"
         )
@@ -67,7 +67,7 @@ def check_engine(trainer: Trainer, objective: Objective, trained: Sequence[Train
             f"full does not serve{'' if trainer.is_deepspeed_enabled else ' where they are fused with W_V'}; use "
             "lora=True, or plain data parallelism (torchrun)"
         )
-    if trainer.is_fsdp_enabled and args.tokens_per_batch is not None:
+    if trainer.is_fsdp_enabled and isinstance(args.tokens_per_batch, int):
         raise NotImplementedError(
             "with tokens_per_batch processes take different numbers of passes, for which FSDP would wait for ever; "
             "set per_device_train_batch_size instead"
@@ -104,10 +104,8 @@ def out_of_memory_advice(
     """Return a message that names what did not fit and the remedies, first those that change no result."""
     prompts, tokens = len(inputs["labels"]), inputs["input_ids"].numel()
     advice = []
-    if prompts > 1 and args.packing:
-        advice.append("packing=True with tokens_per_batch below that")
-    elif prompts > 1:
-        advice.append(f"packing=True, or per_device_train_batch_size below {args.per_device_train_batch_size}")
+    if prompts > 1:
+        advice.append(f"tokens_per_batch={tokens // 2} or less")
     if not args.restricted_gradient and not args.gradient_checkpointing:
         advice.append("gradient_checkpointing=True")
     if objective.restrictable and not args.restricted_gradient:

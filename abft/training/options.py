@@ -25,6 +25,11 @@ class TrainingOptions:
         per_head_mean: divide a prompt's loss by its number of induction heads.
         restricted_gradient: a head's loss trains its own layer's W_Q and W_K alone: hidden states carry no gradient.
             Each layer's gradient is taken and freed inside the forward pass, at about the memory of inference.
+        packing: concatenate the prompts of a pass along the sequence dimension (batch size 1), without padding; None to
+            do so if the model takes positions.
+        tokens_per_batch: most tokens of one pass, padding included; a batch with more takes several. `"auto"` for what
+            fits and is quick (`abft.training.passes`), None or `"none"` for no limit.
+        gradient_checkpointing: recompute each layer in the backward pass.
         lora: train LoRA adapters on the q and k projections instead of W_Q and W_K themselves.
         lora_r: rank of LoRA.
     """
@@ -43,5 +48,10 @@ class TrainingOptions:
     restricted_gradient: bool = field(
         default=False, metadata={"help": "a head's loss trains its own layer alone, at the memory of inference"}
     )
+    packing: bool | None = field(default=None, metadata={"help": "prompts without padding; None: where it is possible"})
+    tokens_per_batch: int | str | None = field(
+        default="auto", metadata={"help": "most tokens of a pass: a number, none, or auto for what fits and is quick"}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute each layer in the backward pass"})
     lora: bool = field(default=False, metadata={"help": "train LoRA adapters on q and k instead of W_Q and W_K"})
     lora_r: int = field(default=16, metadata={"help": "rank of LoRA"})

@@ -38,6 +38,7 @@ from abft.training.checks import (
 from abft.training.config import ABFTConfig
 from abft.training.objectives.objective import Objective
 from abft.training.objectives.objective_registry import objective_of
+from abft.training.passes import can_pack, tokens_per_pass
 from abft.training.steps import HeadCountState
 
 __all__ = ["ABFTTrainer"]
@@ -89,7 +90,7 @@ class ABFTTrainer(Trainer):
             check_decay(args, self.trained)
             float32_masters(model, self.trained, args.device)
         pad_token_id = padding_id(train_dataset, model.config.get_text_config())
-        collator = Collator(pad_token_id, packing=args.packing, tokens_per_batch=args.tokens_per_batch)
+        collator = Collator(pad_token_id)
         super().__init__(
             model=model,
             args=args,
@@ -99,10 +100,25 @@ class ABFTTrainer(Trainer):
             **kwargs,
         )
         check_engine(self, self.objective, self.trained)
+        self._size_passes(collator, train_dataset)
         # The loss below is already a share of the pseudo-batch's mean; Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
-        self.steps = HeadCountState(self.objective, args, self.accelerator)
+        self.steps = HeadCountState(self.objective, args, self.accelerator, collator)
         self.add_callback(self.steps)
+
+    def _size_passes(self, collator: Collator, samples: Samples) -> None:
+        """Set the layout and the size of the passes, the same in all processes."""
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        # FSDP and ZeRO communicate in every pass: each process must take as many.
+        in_step = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        collator.packing = (can_pack(model) and not in_step) if args.packing is None else args.packing
+        limit = args.tokens_per_batch
+        if limit == "auto":
+            limit = None if in_step else tokens_per_pass(model, args, samples, args.device)
+            if limit is not None and args.world_size > 1:
+                limit = int(self.accelerator.gather(torch.tensor([limit], device=args.device)).min())
+        assert not isinstance(limit, str)
+        collator.tokens_per_batch = limit
 
     # --- loss ---------------------------------------------------------------------------------------------
 
