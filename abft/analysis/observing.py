@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from abft.evaluation.classification import label_logits
+from abft.models.mixed_precision import exactly
 from abft.models.projections import attention_modules
 from abft.prompts.builder import Prompt, PromptBuilder
 
@@ -76,7 +77,8 @@ def _last_scores(query: Tensor, key: Tensor, last: Tensor, own: Tensor, scale: f
     keys = key.take_along_dim((last - back).clamp(min=0)[:, None, :, None], dim=2).float()  # [B, H_kv, W, D]
     rows = query.take_along_dim(last[:, None, :, None], dim=2).float()  # [B, H, 1, D]
     rows = rows.unflatten(1, (key.shape[1], -1))[:, :, :, 0]  # [B, H_kv, H / H_kv, D]
-    scores = (rows @ keys.transpose(2, 3)).flatten(1, 2) * scale
+    with exactly(key.device):
+        scores = (rows @ keys.transpose(2, 3)).flatten(1, 2) * scale
     return scores.masked_fill((back >= own[:, None])[:, None], 0.0)
 
 

@@ -33,7 +33,7 @@ class PromptOptions(ModelOptions):
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "float32, bfloat16 or float16; auto: the model's own, but float32 to train W_Q and W_K in full"
+            "help": "of the base: float32, bfloat16 or float16; auto: the model's own. W_Q and W_K train in float32"
         },
     )
     load_in_4bit: bool = field(

@@ -66,12 +66,13 @@ def _add_training_option(parser: Any, flag: str, name: str) -> None:
     """Add a training option under a flag, with the default, the help and the choices of its field."""
     hint = get_type_hints(TrainingOptions)[name]
     shared = {"dest": name, "default": _TRAINING[name].default, "help": _TRAINING[name].metadata["help"]}
-    if hint is bool:
+    if bool in (hint, *get_args(hint)):
         parser.add_argument(flag, nargs="?", const=True, type=_switch, **shared)
     elif get_origin(hint) is Literal:
         parser.add_argument(flag, choices=get_args(hint), **shared)
-    else:  # a type, or a type and None
-        parser.add_argument(flag, type=(get_args(hint) or (hint,))[0], **shared)
+    else:  # a type, a type and None, or words too, which the configuration reads
+        kinds = get_args(hint) or (hint,)
+        parser.add_argument(flag, type=str if str in kinds else kinds[0], **shared)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from abft.evaluation.batching import evaluation_mode, length_sorted_batches
 from abft.evaluation.retrieval import TargetEvaluation, read_targets
 from abft.models.attention import is_enabled
 from abft.models.masses import forward
+from abft.models.mixed_precision import exactly
 from abft.prompts.builder import Prompt, PromptSet
 from abft.prompts.collation import MODEL_INPUTS, Collator
 from abft.prompts.targets import AttentionTarget
@@ -120,7 +121,7 @@ def label_logits(
     """Return the next-token logits of the label tokens at the end of each prompt.
 
     Run the decoder, then the C label rows of the LM head in fp32. The full logits are never computed, and none is
-    rounded: a bf16 head rounds logits between 16 and 32 to steps of 1/8, enough to tie labels.
+    rounded, under autocast neither: a bf16 head rounds logits between 16 and 32 to steps of 1/8, enough to tie labels.
 
     Args:
         model: causal language model of transformers, bare or wrapped by PEFT; on any device.
@@ -166,7 +167,8 @@ def label_logits(
 
     ids = torch.tensor(label_token_ids, device=head.weight.device)
     bias = None if head.bias is None else head.bias[ids].float()
-    logits = nn.functional.linear(query.float(), head.weight[ids].float(), bias)
+    with exactly(head.weight.device):
+        logits = nn.functional.linear(query.float(), head.weight[ids].float(), bias)
     return _transform_logits(logits, causal_lm.config.get_text_config())
 
 

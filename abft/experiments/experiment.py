@@ -89,7 +89,7 @@ class RunOptions(ModelOptions):
     eval_batch_size: int = field(default=32, metadata=_help("test prompts per pass"))
     load_in_4bit: bool = field(default=False, metadata=_help("the base in 4-bit NF4; with --lora True"))
     dtype: str = field(
-        default="auto", metadata=_help("float32, bfloat16 or float16; auto: float32, with LoRA the model's own")
+        default="auto", metadata=_help("of the base: float32, bfloat16 or float16; auto: the model's own")
     )
     keep_weights: bool = field(default=True, metadata=_help("keep what was trained; else only the results"))
     quiet: bool = field(default=False, metadata=_help("no progress bars"))
@@ -111,6 +111,9 @@ _NOT_SETTINGS = {
     "generalization",
     "num_prompts",
     "seeds",
+    "packing",
+    "tokens_per_batch",
+    "gradient_checkpointing",
     "eval_batch_size",
     "keep_weights",
     "quiet",
@@ -296,7 +299,7 @@ class Experiment:
                 raise ValueError(f"{folder} keeps no weights to test anew; delete the folder to train again")
             model = from_pretrained(folder / "weights", self.model, **self.loading())
         else:
-            model = load_base(self.model, dtype=self._training_dtype(), load_in_4bit=self.options.load_in_4bit)
+            model = load_base(self.model, dtype=self.options.dtype, load_in_4bit=self.options.load_in_4bit)
         if not self.options.load_in_4bit:
             model = model.to(default_device())
         started = time.perf_counter()
@@ -322,11 +325,7 @@ class Experiment:
 
     def loading(self) -> dict[str, Any]:
         """Return the arguments that load a trained model."""
-        return loading_arguments(self._training_dtype(), self.options.load_in_4bit)
-
-    def _training_dtype(self) -> str:
-        full = self.options.dtype == "auto" and not self.options.lora
-        return "float32" if full else self.options.dtype  # bfloat16 would round most of the updates away
+        return loading_arguments(self.options.dtype, self.options.load_in_4bit)
 
     def _config(self, method: Method, folder: Path, seed: int) -> ABFTConfig:
         shared = {option.name: getattr(self.options, option.name) for option in fields(TrainingOptions)}
@@ -346,7 +345,7 @@ class Experiment:
 
     def _train(self, key: RunKey, folder: Path, label: str) -> tuple[Any, dict[str, Any]]:
         """Return the trained model, its weights saved, and a record of the training."""
-        model = load_base(self.model, dtype=self._training_dtype(), load_in_4bit=self.options.load_in_4bit)
+        model = load_base(self.model, dtype=self.options.dtype, load_in_4bit=self.options.load_in_4bit)
         done = fit(
             model,
             self._config(METHODS[key.method], folder / "training", key.seed),

@@ -20,6 +20,7 @@ from abft.models.bounds import Bounds
 from abft.models.collector import MassCollector, MassRequest, StopForward
 from abft.models.context_parallel import ContextParallel
 from abft.models.inputs import Inputs, learns_prompts
+from abft.models.mixed_precision import computing
 
 __all__ = ["attention_mass", "forward", "forward_with_mass", "layer_masses"]
 
@@ -104,13 +105,15 @@ def forward(model: nn.Module, **arguments: Any) -> Any:
     inputs, others = Inputs.split(arguments)
     if inputs.cu_seqlens is not None:
         _ready(model)
-    return model(**{**inputs.keywords(model), "use_cache": False, **others})
+    with computing(model):
+        return model(**{**inputs.keywords(model), "use_cache": False, **others})
 
 
 def _outputs_with_mass(model: nn.Module, inputs: Inputs, request: MassRequest, others: dict[str, Any]) -> Any:
     inner = _ready(model)
     options = {"output_attentions": True, "use_cache": False, "logits_to_keep": 1, **others}
-    outputs = model(**inputs.keywords(model), **request._asdict(), **options)
+    with computing(model):
+        outputs = model(**inputs.keywords(model), **request._asdict(), **options)
     masses = getattr(outputs, "attentions", None) or ()
     expected = inner.config.get_text_config().num_hidden_layers
     rows = inputs.input_ids.shape[1] if request.query_positions is None else request.query_positions.shape[1]
@@ -209,7 +212,8 @@ def layer_masses(
     collector = MassCollector(layers, stop=stop, detach=detach, on_mass=on_mass, context=context)
     keywords = inputs.keywords(inner, layout)
     try:
-        inner.base_model(**keywords, **request._asdict(), use_cache=False, mass_collector=collector)
+        with computing(inner):
+            inner.base_model(**keywords, **request._asdict(), use_cache=False, mass_collector=collector)
     except StopForward:
         pass
     finally:

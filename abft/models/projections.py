@@ -25,6 +25,7 @@ __all__ = [
     "find_kv",
     "find_parts",
     "find_qk",
+    "first_projections",
     "head_in_float32",
     "lora_qk",
     "train_qk",
@@ -190,6 +191,18 @@ def _projections(module: nn.Module) -> tuple[Projection, ...]:
         if architecture.matches(module, children):
             return tuple(item for item in architecture.projections(module, children) if item.child in children)
     return ()
+
+
+def first_projections(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights that hold W_Q, W_K or W_V in the first attention layer.
+
+    None if its kind is not known, or under adapters, whose layers have names of their own.
+    """
+    for module in model.modules():
+        projections = _projections(module)
+        if projections and all(isinstance(getattr(module, item.child), (nn.Linear, Conv1D)) for item in projections):
+            return [module.get_parameter(f"{item.child}.weight") for item in projections]
+    return []
 
 
 def _attention_layers(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[Projection, ...]]]:

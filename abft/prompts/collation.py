@@ -59,7 +59,7 @@ class Collator:
         pad_token_id: token that fills padding; no token attends to it.
         padding_side: side of the padding; with "left" all last query positions are in the last column.
         packing: concatenate the samples along the sequence dimension (batch size 1), without padding.
-        tokens_per_batch: with packing, most tokens of a packed batch; more become several ``parts``.
+        tokens_per_batch: most tokens of a batch, padding included; more become several ``parts``.
 
     Raises:
         ValueError: ``padding_side`` is neither "right" nor "left".
@@ -105,7 +105,7 @@ class Collator:
             Samples of one length have no padding, and no ``seq_lens``, ``seq_starts`` and ``position_ids``: a pass
             without them spares its layers the work for padding. With packing the entries (B, N) are (1, N),
             ``query_positions`` counts over all of them, and in place of ``seq_lens`` ``cu_seqlens`` (B + 1,) int32
-            holds the bounds. If the samples exceed ``tokens_per_batch``, the
+            holds the bounds; one sample alone has neither. If the samples exceed ``tokens_per_batch``, the
             only entry is ``parts``: a list of such dictionaries, each within the budget.
 
         Raises:
@@ -113,10 +113,12 @@ class Collator:
         """
         if not samples:
             raise ValueError("cannot collate an empty list of samples; pass one or more")
-        if not self.packing:
-            return {**self._padded(samples), **_counts(samples)}
-        parts = [{**self._packed(part), **_counts(part)} for part in self._within_budget(samples)]
+        parts = [{**self._layout(part), **_counts(part)} for part in self._within_budget(samples)]
         return parts[0] if len(parts) == 1 else {"parts": parts}
+
+    def _layout(self, samples: Sequence[AttentionTarget]) -> dict[str, Tensor]:
+        """Return the entries of the tokens; one sample alone needs neither padding nor bounds."""
+        return self._packed(samples) if self.packing and len(samples) > 1 else self._padded(samples)
 
     def _padded(self, samples: Sequence[AttentionTarget]) -> dict[str, Tensor]:
         lengths = torch.tensor([sample.length for sample in samples])
@@ -153,9 +155,14 @@ class Collator:
         }
 
     def _within_budget(self, samples: Sequence[AttentionTarget]) -> list[list[AttentionTarget]]:
-        """Divide the samples into few parts within the budget, by first-fit decreasing."""
+        """Divide the samples into few parts within the budget: packed by first-fit decreasing, padded by length.
+
+        Samples that fit in one part keep their order.
+        """
         tokens = self.tokens_per_batch
-        if tokens is None:
+        longest = max(sample.length for sample in samples)
+        together = sum(sample.length for sample in samples) if self.packing else longest * len(samples)
+        if tokens is None or together <= tokens:
             return [list(samples)]
         parts: list[list[AttentionTarget]] = []
         room: list[int] = []
@@ -165,10 +172,11 @@ class Collator:
             place = next((i for i, left in enumerate(room) if left >= sample.length), None)
             if place is None:
                 parts.append([])
-                room.append(tokens)
+                # A padded part is as wide as its first sample, its longest: it holds a number of samples.
+                room.append(tokens if self.packing else tokens // sample.length * sample.length)
                 place = len(parts) - 1
             parts[place].append(sample)
-            room[place] -= sample.length
+            room[place] -= sample.length if self.packing else parts[place][0].length
         return parts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from abft.models.loading import context_of
@@ -14,7 +14,7 @@ from abft.prompts.targets import AttentionTarget
 from abft.training.config import ABFTConfig
 from abft.training.objectives.objective import Objective
 
-__all__ = ["Samples", "check_engine", "check_lengths", "check_trained", "out_of_memory_advice"]
+__all__ = ["Samples", "check_decay", "check_engine", "check_lengths", "out_of_memory_advice"]
 
 Samples: TypeAlias = Sequence[AttentionTarget]
 
@@ -27,30 +27,19 @@ def check_lengths(model: PreTrainedModel, args: ABFTConfig, samples: Samples) ->
         raise ValueError(
             f"the longest prompt has {longest} tokens, the model's context {context}; lower k, or take shorter texts"
         )
-    if args.tokens_per_batch is not None and longest > args.tokens_per_batch:
+    if isinstance(args.tokens_per_batch, int) and longest > args.tokens_per_batch:
         raise ValueError(
             f"the longest prompt has {longest} tokens, over tokens_per_batch={args.tokens_per_batch}; raise it"
         )
 
 
-def check_trained(model: nn.Module, args: ABFTConfig, trained: Sequence[TrainedParameter]) -> str | None:
-    """Return a warning about W_Q and W_K that lose their updates in half precision, or None.
-
-    Raises:
-        ValueError: weight decay on a fused projection, which would move v.
-    """
+def check_decay(args: ABFTConfig, trained: Sequence[TrainedParameter]) -> None:
+    """Raise ValueError for weight decay on a fused projection, which would move v."""
     if args.weight_decay and any(item.fused for item in trained):
         raise ValueError(
             f"weight_decay={args.weight_decay} would move the value part of {trained[0].name}; "
             "set it to 0, or train with LoRA"
         )
-    dtypes = [model.get_parameter(item.name).dtype for item in trained]
-    if half := [dtype for dtype in dtypes if dtype.itemsize < 4]:
-        return (
-            f"W_Q and W_K are in {half[0]}, which rounds most updates of learning_rate={args.learning_rate:g} "
-            "away. Load the model with dtype=torch.float32 and set bf16=True for speed, or use lora=True"
-        )
-    return None
 
 
 def check_engine(trainer: Trainer, objective: Objective, trained: Sequence[TrainedParameter]) -> None:
@@ -78,7 +67,7 @@ def check_engine(trainer: Trainer, objective: Objective, trained: Sequence[Train
             f"full does not serve{'' if trainer.is_deepspeed_enabled else ' where they are fused with W_V'}; use "
             "lora=True, or plain data parallelism (torchrun)"
         )
-    if trainer.is_fsdp_enabled and args.tokens_per_batch is not None:
+    if trainer.is_fsdp_enabled and isinstance(args.tokens_per_batch, int):
         raise NotImplementedError(
             "with tokens_per_batch processes take different numbers of passes, for which FSDP would wait for ever; "
             "set per_device_train_batch_size instead"
@@ -115,10 +104,8 @@ def out_of_memory_advice(
     """Return a message that names what did not fit and the remedies, first those that change no result."""
     prompts, tokens = len(inputs["labels"]), inputs["input_ids"].numel()
     advice = []
-    if prompts > 1 and args.packing:
-        advice.append("packing=True with tokens_per_batch below that")
-    elif prompts > 1:
-        advice.append(f"packing=True, or per_device_train_batch_size below {args.per_device_train_batch_size}")
+    if prompts > 1:
+        advice.append(f"tokens_per_batch={tokens // 2} or less")
     if not args.restricted_gradient and not args.gradient_checkpointing:
         advice.append("gradient_checkpointing=True")
     if objective.restrictable and not args.restricted_gradient:

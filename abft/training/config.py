@@ -14,6 +14,15 @@ __all__ = ["ABFTConfig"]
 _METHODS = "; ".join(f"{name}: {objective.description}" for name, objective in OBJECTIVES.items())
 
 
+def _token_limit(given: int | str | None) -> int | str | None:
+    """Return a number, "auto" or None; the command line gives words."""
+    if given is None or given in ("auto", "none"):
+        return None if given == "none" else given
+    if not str(given).isdecimal() or int(given) < 1:
+        raise ValueError(f"tokens_per_batch={given!r} must be a number of tokens from 1 on, 'auto', or None")
+    return int(given)
+
+
 @dataclass
 class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # learning_rate may be None at first
     """`transformers.TrainingArguments` with the paper's defaults, ABFT's own options, and those of `TrainingOptions`.
@@ -22,11 +31,9 @@ class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # l
     32 prompts, which set `gradient_accumulation_steps`.
 
     Args:
-        method: name of the objective: `"abft"`; `"e2e"`, cross-entropy of the gold label token at the last position,
-            on the LM head too; `"e2e_qk"`, the same without the head; or one that was registered
+        method: name of the objective: `"abft"`; `"share"`; `"e2e"`, cross-entropy of the gold label token at the last
+            position, on the LM head too; `"e2e_qk"`, the same without the head; or one that was registered
             (`abft.training.objectives.objective_registry`).
-        packing: concatenate the prompts of a batch along the sequence dimension (batch size 1), without padding.
-        tokens_per_batch: with `packing`, most tokens of one pass; a batch with more takes several.
         tensor_parallel_size: processes that share a model loaded with `tp_plan="auto"`; the others hold other prompts.
         offload_activations: keep what the backward pass needs in the CPU's memory (full gradients only).
         lora_alpha, lora_target_modules: of LoRA.
@@ -36,8 +43,6 @@ class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # l
     """
 
     method: str = field(default=DEFAULT, metadata={"help": _METHODS, "choices": OBJECTIVES})
-    packing: bool = field(default=False, metadata={"help": "pack prompts without padding"})
-    tokens_per_batch: int | None = field(default=None, metadata={"help": "with packing, most tokens of one pass"})
     tensor_parallel_size: int = field(default=1, metadata={"help": "processes that split the model's heads"})
     offload_activations: bool = field(default=False, metadata={"help": "keep activations in the CPU's memory"})
     lora_alpha: int = field(default=32, metadata={"help": "alpha of LoRA"})
@@ -65,11 +70,10 @@ class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # l
         self.gradient_accumulation_steps = self._accumulation_steps()
 
     def _check_passes(self) -> None:
-        """Raise ValueError for options of a pass that exclude each other."""
-        if self.tokens_per_batch is not None and (not self.packing or self.tokens_per_batch < 1):
-            raise ValueError(
-                f"tokens_per_batch={self.tokens_per_batch} limits packed prompts: it needs packing=True, and 1 or more"
-            )
+        """Complete the options of a pass; raise ValueError for those that exclude each other."""
+        self.tokens_per_batch = _token_limit(self.tokens_per_batch)
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}  # reentrant loses the masses' gradients
         for name in ("gradient_checkpointing", "offload_activations", "fp16", "torch_compile"):
             if self.restricted_gradient and getattr(self, name):
                 raise ValueError(

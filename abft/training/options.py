@@ -30,6 +30,11 @@ class TrainingOptions:
             Each layer's gradient is taken and freed inside the forward pass, at about the memory of inference.
         stop_on_collapse: end training when the induction heads fall to a tenth of their first number, with the weights
             of the last step that had half of them.
+        packing: concatenate the prompts of a pass along the sequence dimension (batch size 1), without padding; None to
+            do so if the model takes positions.
+        tokens_per_batch: most tokens of one pass, padding included; a batch with more takes several. `"auto"` for what
+            fits and is quick (`abft.training.passes`), None or `"none"` for no limit.
+        gradient_checkpointing: recompute each layer in the backward pass.
         lora: train LoRA adapters on the q and k projections instead of W_Q and W_K themselves.
         lora_r: rank of LoRA.
     """
@@ -54,5 +59,10 @@ class TrainingOptions:
     stop_on_collapse: bool = field(
         default=False, metadata={"help": "end training when induction heads vanish, with the weights before it"}
     )
+    packing: bool | None = field(default=None, metadata={"help": "prompts without padding; None: where it is possible"})
+    tokens_per_batch: int | str | None = field(
+        default="auto", metadata={"help": "most tokens of a pass: a number, none, or auto for what fits and is quick"}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute each layer in the backward pass"})
     lora: bool = field(default=False, metadata={"help": "train LoRA adapters on q and k instead of W_Q and W_K"})
     lora_r: int = field(default=16, metadata={"help": "rank of LoRA"})

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from abft.models.attention import ATTENTION, check_architecture
 from abft.models.loading import context_of, load_config
 from abft.models.masses import layer_masses
+from abft.models.mixed_precision import float32_masters
 from abft.models.projections import lora_qk, train_qk
 from abft.training.objectives.objective import Objective
 from abft.training.objectives.objective_registry import DEFAULT, plan_modes
@@ -217,8 +218,8 @@ def plan(
         check_architecture(base)
         head = run.objective is not None and run.objective.trains_head
         whole: Any = lora_qk(base, r=lora_r, head=head) if lora else base
-    if not lora:
-        train_qk(base, head=head)
+    if not lora and run.objective is not None:
+        float32_masters(base, train_qk(base, head=head), "cpu")
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole.to_empty(device="cpu")
         whole.train(run.objective is not None)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from abft.prompts.collation import Collator
 from abft.training.config import ABFTConfig
 from abft.training.objectives.objective import Objective
 
@@ -24,13 +25,15 @@ class HeadCountState(TrainerCallback, ExportableState):
         objective: of the run.
         args: options of the run.
         accelerator: accelerate's `Accelerator` of the trainer; reduces over the processes.
+        collator: of the run. A resumed run takes passes of the size that it began with, whatever is free now: sums of
+            other passes are rounded elsewhere.
 
     Attributes:
         logs: what the objective logs for the last step.
     """
 
-    def __init__(self, objective: Objective, args: ABFTConfig, accelerator: Any) -> None:
-        self.objective, self.args, self.accelerator = objective, args, accelerator
+    def __init__(self, objective: Objective, args: ABFTConfig, accelerator: Any, collator: Collator) -> None:
+        self.objective, self.args, self.accelerator, self.collator = objective, args, accelerator, collator
         self.logs: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
 
@@ -46,12 +49,15 @@ class HeadCountState(TrainerCallback, ExportableState):
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
 
     def state(self) -> dict[str, dict[str, Any]]:
-        return {"args": {}, "attributes": self.objective.state_dict()}
+        size = {"tokens_per_batch": self.collator.tokens_per_batch}
+        return {"args": {}, "attributes": self.objective.state_dict(), "passes": size}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
         if saved is not None:
             self.objective.load_state_dict(saved["attributes"])
+            if self.args.tokens_per_batch == "auto" and "passes" in saved:
+                self.collator.tokens_per_batch = saved["passes"]["tokens_per_batch"]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Average restricted gradients over the processes: no data-parallel engine has seen them."""

@@ -13,7 +13,6 @@ Source: arXiv 2505.14233, sections 3 and 4 for the loss and the defaults.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,21 +24,23 @@ from transformers import PreTrainedModel, Trainer
 
 from abft.evaluation.classification import evaluate
 from abft.models.attention import enable
+from abft.models.mixed_precision import float32_masters
 from abft.models.projections import TrainedParameter, lora_qk, train_qk
 from abft.models.weights import load_trained, save_trained, whole_state_dict
 from abft.prompts.collation import Collator, padding_id
 from abft.training.checkpoints import check_method, recorded_options
 from abft.training.checks import (
     Samples,
+    check_decay,
     check_engine,
     check_lengths,
-    check_trained,
     out_of_memory_advice,
 )
 from abft.training.collapse import StopOnCollapse
 from abft.training.config import ABFTConfig
 from abft.training.objectives.objective import Objective
 from abft.training.objectives.objective_registry import objective_of
+from abft.training.passes import can_pack, tokens_per_pass
 from abft.training.steps import HeadCountState
 
 __all__ = ["ABFTTrainer"]
@@ -96,10 +97,10 @@ class ABFTTrainer(Trainer):
             )
         else:
             self.trained = train_qk(model, head=self.objective.trains_head)
-            if warning := check_trained(model, args, self.trained):
-                warnings.warn(warning, stacklevel=2)
+            check_decay(args, self.trained)
+            float32_masters(model, self.trained, args.device)
         pad_token_id = padding_id(train_dataset, model.config.get_text_config())
-        collator = Collator(pad_token_id, packing=args.packing, tokens_per_batch=args.tokens_per_batch)
+        collator = Collator(pad_token_id)
         super().__init__(
             model=model,
             args=args,
@@ -109,12 +110,27 @@ class ABFTTrainer(Trainer):
             **kwargs,
         )
         check_engine(self, self.objective, self.trained)
+        self._size_passes(collator, train_dataset)
         # The loss below is already a share of the pseudo-batch's mean; Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
-        self.steps = HeadCountState(self.objective, args, self.accelerator)
+        self.steps = HeadCountState(self.objective, args, self.accelerator, collator)
         self.add_callback(self.steps)
         if args.stop_on_collapse:
             self.add_callback(StopOnCollapse(self.objective))
+
+    def _size_passes(self, collator: Collator, samples: Samples) -> None:
+        """Set the layout and the size of the passes, the same in all processes."""
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        # FSDP and ZeRO communicate in every pass: each process must take as many.
+        in_step = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        collator.packing = (can_pack(model) and not in_step) if args.packing is None else args.packing
+        limit = args.tokens_per_batch
+        if limit == "auto":
+            limit = None if in_step else tokens_per_pass(model, args, samples, args.device)
+            if limit is not None and args.world_size > 1:
+                limit = int(self.accelerator.gather(torch.tensor([limit], device=args.device)).min())
+        assert not isinstance(limit, str)
+        collator.tokens_per_batch = limit
 
     # --- loss ---------------------------------------------------------------------------------------------
 

@@ -63,15 +63,18 @@ def print_measurement(make_step: MakeStep) -> None:
     print(json.dumps(measure(make_step, *sys.argv[1:3])))
 
 
-def in_own_process(case: str, method: str, tokens: Tokens, returns_memory: bool = False) -> dict[str, Any]:
+def in_own_process(
+    case: str, method: str, tokens: Tokens, returns_memory: bool = False, further: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the measurement that `python -m bench.cases.CASE METHOD TOKENS` prints; one thread.
 
+    `further`: more arguments of that command.
     `returns_memory`: glibc gives every tensor's memory back at once, so that resident memory is live memory; slower.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if returns_memory:
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    command = [sys.executable, "-m", f"bench.cases.{case}", method, str(tokens)]
+    command = [sys.executable, "-m", f"bench.cases.{case}", method, str(tokens), *further]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

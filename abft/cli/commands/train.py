@@ -79,9 +79,6 @@ def run(options: TrainOptions, config: ABFTConfig) -> int:
 
     _check(options, config)
     queries, pool, labels = _examples(options)
-    if options.dtype == "auto" and not config.lora:
-        options.dtype = "float32"  # bfloat16 would round most of the updates away
-
     split = {"tp_plan": "auto"} if config.tensor_parallel_size > 1 else {}
     model = load_base(options.model, dtype=options.dtype, load_in_4bit=options.load_in_4bit, **split)
     builder = options.make_builder(model, labels)

@@ -42,16 +42,36 @@ def test_parts_keep_to_the_budget(toy_prompts, toy_builder):
         Collator(packing=True, tokens_per_batch=longest - 1)(toy_prompts)
 
 
+def test_padded_parts_keep_to_the_budget(toy_prompts):
+    longest = max(prompt.length for prompt in toy_prompts)
+    for budget in (longest, 3 * longest + 1):
+        parts = Collator(tokens_per_batch=budget)(toy_prompts)["parts"]
+        assert all(part["input_ids"].numel() <= budget for part in parts)
+        assert sum(len(part["labels"]) for part in parts) == len(toy_prompts)
+        assert len(parts) <= len(toy_prompts) * longest / budget + 1
+    with pytest.raises(ValueError, match=f"over tokens_per_batch={longest - 1}; raise it"):
+        Collator(tokens_per_batch=longest - 1)(toy_prompts)
+
+
+def test_one_sample_alone_needs_no_layout(toy_prompts):
+    alone, plain = Collator(packing=True)(toy_prompts[:1]), Collator()(toy_prompts[:1])
+    assert alone.keys() == plain.keys()
+    assert "cu_seqlens" not in alone
+    assert "seq_lens" not in alone
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 @pytest.mark.parametrize(
     "changes", [{}, {"method": "e2e"}, {"restricted_gradient": True}], ids=["full", "e2e", "restricted"]
 )
 def test_packing_and_budgets_do_not_matter(kind, changes, toy_prompts, toy_builder, tmp_path):
-    """One by one, padded, packed, and packed within a budget: one trajectory."""
+    """One by one, padded, packed, within a budget, and as the defaults choose: one trajectory."""
     longest = max(prompt.length for prompt in toy_prompts)
     batches = [
-        {"per_device_train_batch_size": 1}, {"per_device_train_batch_size": 8},
-        {"per_device_train_batch_size": 32, "packing": True},
+        {"per_device_train_batch_size": 1}, {"per_device_train_batch_size": 8, "packing": False},
+        {"per_device_train_batch_size": 8, "packing": False, "tokens_per_batch": 2 * longest},
+        {"per_device_train_batch_size": 32, "packing": True, "tokens_per_batch": None},
+        {"per_device_train_batch_size": 32},
         {"per_device_train_batch_size": 32, "packing": True, "tokens_per_batch": 3 * longest},
     ]  # fmt: skip
     options = {**LABEL_LOOKERS, **({"sliding_window": 20} if kind == "mistral" else {})}
@@ -136,9 +156,9 @@ def test_offloaded_activations_do_not_matter(toy_prompts, toy_builder, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"tokens_per_batch": 100}, "it needs packing=True"),
+        ({"tokens_per_batch": "all"}, "tokens_per_batch='all' must be a number of tokens from 1 on, 'auto', or None"),
         ({"auto_find_batch_size": True}, "would change the pseudo-batch"),
-        ({"tokens_per_batch": 0, "packing": True}, "tokens_per_batch=0"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch=0"),
         ({"restricted_gradient": True, "method": "e2e"}, "method='e2e' has a loss at the last layer only"),
         ({"restricted_gradient": True, "per_head_mean": True}, "per_head_mean=True does not go with it"),
         ({"restricted_gradient": True, "gradient_checkpointing": True}, "gradient_checkpointing=True does not"),

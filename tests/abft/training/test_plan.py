@@ -64,6 +64,20 @@ def test_precisions_and_adapters(seven_billion):
     assert full.parts["gradients and Adam"] == 3 * 4 * 28 * 3584 * (3584 + 512)
 
 
+def test_mixed_precision_of_eight_billion(tmp_path):
+    """Llama-3-8B: the frozen base in 2 bytes a weight, W_Q and W_K in 4, at least 13 GiB less than all in 4."""
+    config = saved(
+        tmp_path, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
+    )  # fmt: skip
+    mixed, exact = (plan(config, context=1024, precision=name) for name in ("bfloat16", "float32"))
+    trained = 32 * 4096 * (4096 + 1024)
+    assert mixed.parts["weights"] == pytest.approx(2 * (8_030_261_248 + trained), rel=1e-3)
+    assert mixed.parts["gradients and Adam"] == exact.parts["gradients and Adam"] == 3 * 4 * trained
+    assert mixed.parts["activations"] < 0.7 * exact.parts["activations"]
+    assert exact.total - mixed.total > 13 * 2**30
+
+
 def test_modes_in_their_order(seven_billion):
     by_mode = {mode: plan(seven_billion, context=4096, mode=mode, lora=True) for mode in modes()}
     activations = {mode: result.parts["activations"] for mode, result in by_mode.items()}

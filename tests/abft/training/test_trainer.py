@@ -382,14 +382,6 @@ def test_trainer_errors(toy_prompts, toy_builder, tmp_path):
         ABFTTrainer(tiny("llama"), arguments(tmp_path), toy_prompts).evaluate()
 
 
-def test_warns_of_half_precision(toy_prompts, toy_builder, tmp_path):
-    with pytest.warns(UserWarning, match=r"W_Q and W_K are in torch.bfloat16, which rounds most updates"):
-        ABFTTrainer(tiny("llama").bfloat16(), arguments(tmp_path), toy_prompts)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ABFTTrainer(tiny("llama"), arguments(tmp_path), toy_prompts)
-
-
 def test_warns_once_of_no_heads_at_all(toy_prompts, toy_builder, tmp_path):
     model = tiny("llama", spread=0.02)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
