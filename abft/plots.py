@@ -33,11 +33,11 @@ def metrics_table(rows: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     return table
 
 
-def new_figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
-    """Return a figure of this size in inches with panels side by side, drawn without a display; and its axes."""
+def new_figure(width: float, height: float, columns: int = 1, *, rows: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
+    """Return a figure of this size in inches with rows of panels, drawn without a display; and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, **kwargs)
+    return figure, figure.subplots(rows, columns, **kwargs)
 
 
 def accuracy_figure(vanilla: float, runs: Mapping[str, Sequence[float]], n: int) -> Figure:
