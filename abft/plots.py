@@ -14,7 +14,7 @@ from abft.evaluation.label_attention import HeadStatistics
 
 __all__ = ["accuracy_figure", "head_figure", "metrics_table", "new_figure", "training_figure"]
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 _METRICS = {
     "accuracy": ("accuracy", "{:.1%}"),
     "macro_f1": ("macro-F1", "{:.3f}"),

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from abft.analysis.weight_change import qk_difference
 from abft.experiments.analyses import analysis_registry as registry
 from abft.experiments.analyses.definition import Analysis, Subject
@@ -75,7 +77,9 @@ def analyze(options: AnalyzeOptions, *of_analyses: Any) -> dict[str, Any]:
     if not missing:
         return content["parts"]
 
-    subject = _subject(results, task, folders, options)
+    experiment = Experiment(_again(results, task, options.quiet))
+    _check_options(missing, own, experiment, task)
+    subject = _subject(results, experiment, task, folders, options)
     for row in missing:
         content["parts"][row.name] = row.run(subject, own[row.name])
         content["options"][row.name] = chosen[row.name]
@@ -124,10 +128,18 @@ def _check_needs(asked: Sequence[Analysis], folders: dict[str, Path], no_weights
             raise ValueError(f"{row.name} needs the weights of the methods {' and '.join(row.methods)}; train them")
 
 
-def _subject(results: Results, task: str, folders: dict[str, Path], options: AnalyzeOptions) -> Subject:
+def _check_options(asked: Sequence[Analysis], own: dict[str, Any], experiment: Experiment, task: str) -> None:
+    config = AutoConfig.from_pretrained(experiment.model).get_text_config()
+    for row in asked:
+        if row.check is not None:
+            row.check(experiment.suites[task], config, own[row.name])
+
+
+def _subject(
+    results: Results, experiment: Experiment, task: str, folders: dict[str, Path], options: AnalyzeOptions
+) -> Subject:
     """Return the models, loaded, and the prompts that the experiment itself used."""
     settings = results.content["settings"]
-    experiment = Experiment(_again(results, task, options.quiet))
     model = load_base(experiment.model, dtype="float32").to(default_device())
     loading = loading_arguments("float32")
     differences = {method: qk_difference(model, folder, **loading) for method, folder in folders.items()}

@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from abft.experiments.methods import METHODS
-from abft.plots import BLUE, GREEN, GREY, ORANGE
+from abft.plots import BLUE, GREEN, GREY, ORANGE, VERMILION
 
 __all__ = ["STYLES", "Style", "generated_style", "integer_ticks", "plot_layers", "style_of"]
 
@@ -19,7 +19,7 @@ PURPLE, SKY = "#CC79A7", "#56B4E9"
 STYLES: dict[str, Style] = {
     "vanilla": (GREY, "", "--", "s"), "calibration": (SKY, "xx", "--", "D"), "abft": (BLUE, "", "-", "o"),
     "e2e": (ORANGE, "//", "-.", "^"), "no_pid": (GREEN, "..", ":", "v"), "no_pid_no_filter": (SKY, "++", ":", "<"),
-    "a0": (PURPLE, "\\\\", ":", ">"), "b0": ("#D55E00", "--", ":", "P"), "restricted": ("#F0E442", "oo", "-", "*"),
+    "a0": (PURPLE, "\\\\", ":", ">"), "b0": (VERMILION, "--", ":", "P"), "restricted": ("#F0E442", "oo", "-", "*"),
 }  # fmt: skip
 """By method; a method without a row takes one of :func:`generated_style`."""
 

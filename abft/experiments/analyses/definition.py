@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from abft.evaluation.suites import TaskSuite
 from abft.experiments.results import Results
@@ -48,6 +49,8 @@ class Analysis:
         uses_prompts: the number of test prompts changes the result.
         needs_weights: it needs the weights of one trained run or more.
         methods: methods whose weights it needs.
+        check: raises ValueError for options that do not fit the task's prompts or the model's configuration; called
+            before a model is loaded.
         figure: draws the plain data; returns the figure and its caption.
         table: sets the plain data in a table.
     """
@@ -58,5 +61,6 @@ class Analysis:
     uses_prompts: bool = False
     needs_weights: bool = False
     methods: tuple[str, ...] = ()
+    check: Callable[[TaskSuite, PretrainedConfig, Any], None] | None = None
     figure: Callable[[Any], tuple[Figure, str]] | None = None
     table: Callable[[Results, Any], Table] | None = None

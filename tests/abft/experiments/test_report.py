@@ -18,6 +18,7 @@ from abft.experiments.analyses.analysis_registry import ANALYSES
 from abft.experiments.analyses.connectivity import ConnectivityOptions
 from abft.experiments.analyses.definition import Analysis
 from abft.experiments.analyses.induction import InductionOptions
+from abft.experiments.analyses.last_row import LastRowOptions
 from abft.experiments.analyses.momentum_attention import MomentumOptions
 from abft.experiments.analyze import PARTS, AnalyzeOptions, analyze
 from abft.experiments.claims import claims
@@ -31,9 +32,10 @@ from abft.experiments.tables import Table, points, with_error
 from abft.files import write_json
 
 FIGURES = {"accuracy", "label-attention", "training", "generalization", "label-errors", "distance", "connectivity",
-           "induction", "implicit"}  # fmt: skip
+           "last_row", "induction", "implicit"}  # fmt: skip
 
 
+ANALYSIS_OF = {row.name: row for row in ANALYSES}
 OF_ANALYSES = (ConnectivityOptions(factors=[0.0, 1.0]), InductionOptions(tokens=64), MomentumOptions(etas=[0.1]))
 
 
@@ -323,7 +325,32 @@ def test_analysis_keeps_what_is_not_asked_for(analysed, tmp_path):
     assert after["options"]["connectivity"]["prompts"] == 12
 
 
-def test_analysis_refuses(analysed, experiment_folder, tmp_path, capsys):
+def test_last_rows_are_of_the_prompts_asked_for(analysed, tmp_path):
+    folder = tmp_path / "small"
+    shutil.copytree(analysed, folder)
+    options = AnalyzeOptions(experiment=str(folder), parts=["last_row"], quiet=True)
+    found = analyze(options, LastRowOptions(row_prompts=[2, 5], row_heads=["1.3", "0.0"]))["last_row"]
+    assert [prompt["number"] for prompt in found["prompts"]] == [2, 5]
+    mean = json.loads((analysed / "analysis.json").read_text())["parts"]["last_row"]
+    assert mean["heads"] == []
+    for prompt in (*found["prompts"], *mean["prompts"]):
+        assert set(prompt["rows"]) == {"vanilla", "abft", "e2e"}
+        for rows in map(np.array, prompt["rows"].values()):
+            assert rows.shape == (2 if prompt in found["prompts"] else 4, len(prompt["tokens"]))
+            np.testing.assert_allclose(rows.sum(1), 1, atol=1e-3)
+        assert {prompt["tokens"][position] for position in prompt["correct"]} <= {prompt["gold"]}
+        assert prompt["gold"] not in {prompt["tokens"][position] for position in prompt["wrong"]}
+        assert len(prompt["correct"]) + len(prompt["wrong"]) == 4
+    assert found["prompts"][0]["rows"]["vanilla"] != found["prompts"][0]["rows"]["abft"]
+    figure, caption = ANALYSIS_OF["last_row"].figure(found)
+    panels = [axis for axis in figure.axes if axis.get_title()]
+    assert len(panels) == 2 * 3
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["1.3", "0.0"]
+    assert len(panels[2].get_xticklabels()) == len(found["prompts"][0]["tokens"])
+    assert "by head" in caption
+
+
+def test_analysis_refuses(analysed, tmp_path, capsys, monkeypatch):
     arguments = ["analyze", "--experiment", str(analysed)]
     assert main([*arguments, "--parts", "depth"]) == 2
     assert "unknown part 'depth'" in capsys.readouterr().err
@@ -332,6 +359,14 @@ def test_analysis_refuses(analysed, experiment_folder, tmp_path, capsys):
     assert main([*arguments, "--seed", "7"]) == 2
     assert "keeps no weights of task 'topics', seed 7" in capsys.readouterr().err
     assert main(["analyze", "--experiment", str(tmp_path)]) == 2
+    monkeypatch.setattr("abft.experiments.analyze.load_base", lambda *_, **__: pytest.fail("loaded"))
+    for wrong, message in (
+        (["--row_prompts", "12"], "row_prompts must lie from 0 to 11, got 12"),
+        (["--row_heads", "3"], "row_heads must be LAYER.HEAD, such as 3.1, got '3'"),
+        (["--row_heads", "4.0"], "row_heads names 4.0, but the model has 4 layers of 4 heads"),
+    ):
+        assert main([*arguments, "--parts", "last_row", *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_an_analysis_is_one_row(analysed, tmp_path, monkeypatch):
