@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from abft.experiments.analyses import analysis_registry as registry
 from abft.experiments.courses import training_courses
+from abft.experiments.grid_maps import grid_figures
 from abft.experiments.methods import METHODS
 from abft.experiments.results import Results, accuracy
 from abft.experiments.styles import integer_ticks, plot_layers, style_of
@@ -19,7 +20,15 @@ __all__ = ["all_figures", "head_scores_figure"]
 
 def all_figures(results: Results, analysis: dict[str, Any] | None = None) -> dict[str, tuple[Figure, str]]:
     """Return name → figure and caption, for what the runs and `analysis.json` have data for."""
-    makers = (accuracy_bars, label_attention, training_courses, generalization, data_efficiency, label_errors)
+    makers = (
+        accuracy_bars,
+        label_attention,
+        training_courses,
+        generalization,
+        data_efficiency,
+        label_errors,
+        grid_figures,
+    )
     figures = {name: found for make in makers for name, found in make(results).items()}
     parts = {} if analysis is None else analysis["parts"]
     for row in registry.ANALYSES:
