@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from peft import PeftModel
 from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from abft.analysis.observing import check_all_seen
 from abft.evaluation.batching import evaluation_mode
-from abft.models.attention import is_enabled
+from abft.models.attention import is_enabled, transformer_of
 from abft.models.collector import Layer, MassCollector, MassRequest
 from abft.prompts.targets import AttentionTarget
 from abft_kernels.validation import MAX_GROUPS
@@ -35,7 +36,9 @@ class _RowCollector(MassCollector):
         return layer.output()
 
 
-def last_rows(model: PreTrainedModel, samples: Sequence[AttentionTarget], *, progress: bool = True) -> list[Tensor]:
+def last_rows(
+    model: PreTrainedModel | PeftModel, samples: Sequence[AttentionTarget], *, progress: bool = True
+) -> list[Tensor]:
     """Return the attention of each sample's last token to all of its n tokens, `(L, H, n)` float32 on the CPU.
 
     A row adds up to 1, less what attention sinks take. The cost of a row is that of n / 16 masses.
@@ -51,14 +54,14 @@ def last_rows(model: PreTrainedModel, samples: Sequence[AttentionTarget], *, pro
     """
     if not is_enabled(model):
         raise ValueError("the model runs on another attention than 'abft'; call abft.enable(model) first")
-    device = next(model.parameters()).device
+    inner, device = transformer_of(model), next(model.parameters()).device
     rows = []
     with evaluation_mode(model):
         for sample in track(samples, description="Reading rows", disable=not progress):
             ids = torch.tensor([list(sample.input_ids)], device=device)
-            collector = _RowCollector(model.config.get_text_config().num_hidden_layers)
+            collector = _RowCollector(inner.config.get_text_config().num_hidden_layers)
             request = MassRequest(torch.full_like(ids, -1), 1, torch.tensor([[ids.shape[1] - 1]], device=device))
-            model.base_model(input_ids=ids, use_cache=False, mass_collector=collector, **request._asdict())
-            check_all_seen(model, len(collector.masses))
+            inner.base_model(input_ids=ids, use_cache=False, mass_collector=collector, **request._asdict())
+            check_all_seen(inner, len(collector.masses))
             rows.append(torch.stack([mass[0, :, 0].float().cpu() for mass in collector.masses]))
     return rows

@@ -34,8 +34,9 @@ def _value(name: str, text: str) -> Any:
     """Return the value of a training option from its text, in the option's type."""
     if name not in NAMES:
         raise ValueError(f"the grid names {name!r}, which is no training option; known are {', '.join(NAMES)}")
+    options: Any = TrainingOptions
     try:
-        return getattr(_Parser(TrainingOptions).parse_args_into_dataclasses([f"--{name}={text}"])[0], name)
+        return getattr(_Parser(options).parse_args_into_dataclasses([f"--{name}={text}"])[0], name)
     except ValueError as error:
         raise ValueError(f"the grid gives {name} the value {text!r}: {error}") from error
 

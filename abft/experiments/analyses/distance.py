@@ -25,4 +25,4 @@ def _figure(values: dict[str, list[float]]) -> tuple[Figure, str]:
     return figure, "How far training moved W_Q and W_K, by layer (relative Frobenius norm)."
 
 
-ANALYSIS = Analysis("distance", _run, needs_weights=True, figure=_figure)
+ANALYSIS = Analysis("distance", _run, needs_weights=True, quantized=False, figure=_figure)

@@ -61,4 +61,4 @@ def _figure(found: dict[str, Any]) -> tuple[Figure, str]:
     )
 
 
-ANALYSIS = Analysis("implicit", _run, ImplicitOptions, uses_prompts=True, figure=_figure)
+ANALYSIS = Analysis("implicit", _run, ImplicitOptions, uses_prompts=True, quantized=False, figure=_figure)

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from abft.analysis.attention_rows import last_rows
-from abft.analysis.weight_change import moved
 from abft.evaluation.suites import TaskSuite
 from abft.experiments.analyses.definition import Analysis, Subject
 from abft.experiments.methods import METHODS
@@ -68,9 +67,8 @@ def _run(subject: Subject, options: LastRowOptions) -> dict[str, Any]:
     prompts = [subject.suite.normal[number] for number in options.row_prompts]
     chosen = options.heads()
     rows: dict[str, list[list[list[float]]]] = {}
-    for name in ("vanilla", *subject.differences):
-        change = [subject.differences[name]] if name in subject.differences else []
-        with moved(subject.model, change, [1.0] * len(change)):
+    for name in ("vanilla", *subject.trained):
+        with subject.at({name: 1.0} if name in subject.trained else {}):
             found = last_rows(subject.model, prompts, progress=subject.progress)
         rows[name] = [_rounded(_of_heads(row, chosen)) for row in found]
     return {

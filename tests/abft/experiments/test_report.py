@@ -36,7 +36,11 @@ FIGURES = {"accuracy", "label-attention", "training", "generalization", "label-e
 
 
 ANALYSIS_OF = {row.name: row for row in ANALYSES}
-OF_ANALYSES = (ConnectivityOptions(factors=[0.0, 1.0]), InductionOptions(tokens=64), MomentumOptions(etas=[0.1]))
+OF_ANALYSES = (
+    ConnectivityOptions(plane_lowest=0, plane_highest=1, plane_steps=2),
+    InductionOptions(tokens=64),
+    MomentumOptions(etas=[0.1]),
+)
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +364,9 @@ def test_analysis_refuses(analysed, tmp_path, capsys, monkeypatch):
     assert "keeps no weights of task 'topics', seed 7" in capsys.readouterr().err
     assert main(["analyze", "--experiment", str(tmp_path)]) == 2
     monkeypatch.setattr("abft.experiments.analyze.load_base", lambda *_, **__: pytest.fail("loaded"))
+    plane = ["--plane_lowest", "1", "--plane_highest", "0.5"]
+    assert main([*arguments, "--parts", "connectivity", *plane]) == 2
+    assert "plane_lowest must be below plane_highest" in capsys.readouterr().err
     for wrong, message in (
         (["--row_prompts", "12"], "row_prompts must lie from 0 to 11, got 12"),
         (["--row_heads", "3"], "row_heads must be LAYER.HEAD, such as 3.1, got '3'"),
