@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -43,8 +43,8 @@ class ScaledAdapters:
         self.model = PeftModel.from_pretrained(base, str(folder), adapter_name=first)
         for name, folder in rest:
             self.model.load_adapter(str(folder), adapter_name=name)
-        self._adapters: Any = self.model.base_model
-        self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        self._adapters = cast(Any, self.model.base_model)
+        self._layers: list[Any] = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         self._adapters.set_adapter(list(folders), inference_mode=True)
         self._adapters.disable_adapter_layers()
 

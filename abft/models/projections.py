@@ -22,6 +22,7 @@ __all__ = [
     "TrainedParameter",
     "attention_modules",
     "find_kv",
+    "find_parts",
     "find_qk",
     "lora_qk",
     "train_qk",
@@ -216,7 +217,12 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module, _ in _attention_layers(model).values()]
 
 
-def _select(model: nn.Module, wanted: Collection[str]) -> list[TrainedParameter]:
+def find_parts(model: nn.Module, wanted: Collection[str]) -> list[TrainedParameter]:
+    """Return the parameters that hold the wanted ones of "q", "k" and "v", in the model's order.
+
+    Raises:
+        ValueError: not every layer has projections of a known form.
+    """
     return [
         part
         for name, (_, projections) in _attention_layers(model).items()
@@ -231,7 +237,7 @@ def find_qk(model: nn.Module) -> list[TrainedParameter]:
     Raises:
         ValueError: not every layer has projections of a known form.
     """
-    return _select(model, ("q", "k"))
+    return find_parts(model, ("q", "k"))
 
 
 def find_kv(model: PreTrainedModel) -> list[TrainedParameter]:
@@ -250,7 +256,7 @@ def find_kv(model: PreTrainedModel) -> list[TrainedParameter]:
                 f"{type(module).__name__} has no W_K and W_V of its own "
                 f"({', '.join(projection.child for projection in projections)}); load a model that has them"
             )
-    found = _select(model, ("k", "v"))
+    found = find_parts(model, ("k", "v"))
     for item in found:
         if not (parameter := model.get_parameter(item.name)).is_floating_point():
             raise ValueError(f"{item.name} is quantized to {parameter.dtype}; load the model in bfloat16 or float32")
