@@ -24,11 +24,15 @@ from abft.models.projections import TrainedParameter, find_kv
 from abft.prompts.builder import PromptBuilder
 from abft.prompts.examples import Example
 
-__all__ = ["FORMS", "Form", "KeyValueUpdate", "demonstration_ids", "fine_tune"]
+__all__ = ["FORMS", "Diverged", "Form", "KeyValueUpdate", "demonstration_ids", "fine_tune"]
 
 Form = Literal["all", "label"]
 FORMS: tuple[Form, ...] = ("all", "label")
 """The tokens whose loss is trained: all of a demonstration but the first, or the first of its label."""
+
+
+class Diverged(ValueError):
+    """Fine-tuning whose loss is not finite: the learning rate is too high."""
 
 
 class KeyValueUpdate:
@@ -134,7 +138,8 @@ def fine_tune(
         before each step, in nats.
 
     Raises:
-        ValueError: no demonstrations, a number out of range, quantized projections, or a loss that is not finite.
+        Diverged: a loss that is not finite; a ValueError.
+        ValueError: no demonstrations, a number out of range, or quantized projections.
         NotImplementedError: a model under PEFT, or one whose W_K and W_V cannot be told from the rest.
     """
     if not demonstrations:
@@ -159,7 +164,7 @@ def fine_tune(
             on_queries(queries.vectors()[:, 0])
         losses.append(loss.item())
         if not loss.isfinite():
-            raise ValueError(f"loss {loss.item()} in step {len(losses)} of fine-tuning; lower {learning_rate=}")
+            raise Diverged(f"loss {loss.item()} in step {len(losses)} of fine-tuning; lower {learning_rate=}")
         update.step(gradients, learning_rate)
     return tuned, update, tuple(losses)
 

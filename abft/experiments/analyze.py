@@ -84,7 +84,7 @@ def analyze(options: AnalyzeOptions, *of_analyses: Any) -> dict[str, Any]:
     if not missing:
         return content["parts"]
 
-    experiment = Experiment(_again(results, task, options.quiet))
+    experiment = Experiment(_again(results, _tasks_of(results, task, missing, own), options.quiet))
     _check_options(missing, own, experiment, task)
     subject = _subject(results, experiment, task, folders, options)
     for row in missing:
@@ -137,6 +137,14 @@ def _check_needs(asked: Sequence[Analysis], folders: dict[str, Path], no_weights
             raise ValueError(f"{row.name} needs the weights of the methods {' and '.join(row.methods)}; train them")
 
 
+def _tasks_of(results: Results, task: str, asked: Sequence[Analysis], own: dict[str, Any]) -> list[str]:
+    """Return the tasks whose prompts the analyses need, the one that is looked at first."""
+    further = [name for row in asked if row.tasks is not None for name in row.tasks(own[row.name])]
+    if unknown := [name for name in further if name not in (*results.tasks, "all")]:
+        raise ValueError(f"the experiment has no task {unknown[0]!r}; it has {', '.join(results.tasks)}, or say all")
+    return list(dict.fromkeys([task, *(results.tasks if "all" in further else further)]))
+
+
 def _check_options(asked: Sequence[Analysis], own: dict[str, Any], experiment: Experiment, task: str) -> None:
     config = AutoConfig.from_pretrained(experiment.model).get_text_config()
     for row in asked:
@@ -167,6 +175,7 @@ def _subject(
         at=at,
         differences=differences,
         suite=experiment.suites[task],
+        suites=experiment.suites,
         k=settings["k"],
         prompts=options.prompts,
         progress=not options.quiet,
@@ -181,13 +190,13 @@ def _moved(model: Any, differences: Mapping[str, Any], factors: Mapping[str, flo
     return moved(model, [differences[method] for method in factors], list(factors.values()))
 
 
-def _again(results: Results, task: str, quiet: bool) -> ExperimentOptions:
-    """Return the experiment's own options, reduced to the prompts of the task."""
+def _again(results: Results, tasks: list[str], quiet: bool) -> ExperimentOptions:
+    """Return the experiment's own options, reduced to the prompts of the tasks."""
     settings = results.content["settings"]
     known: Sequence[str] = [name for name in settings if name in ExperimentOptions.__dataclass_fields__]
     reduced: dict[str, Any] = {
         "output_dir": str(Path(results.folder)),
-        "tasks": [task],
+        "tasks": tasks,
         "quiet": quiet,
         "methods": ["vanilla"],
         "tests": ["Normal"],

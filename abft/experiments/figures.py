@@ -30,10 +30,9 @@ def all_figures(results: Results, analysis: dict[str, Any] | None = None) -> dic
         grid_figures,
     )
     figures = {name: found for make in makers for name, found in make(results).items()}
-    parts = {} if analysis is None else analysis["parts"]
-    for row in registry.ANALYSES:
-        if row.figure is not None and row.name in parts:
-            figures[row.name] = row.figure(parts[row.name])
+    for row, found in registry.stored_parts(analysis):
+        if row.figure is not None:
+            figures[row.name] = row.figure(found)
     return figures
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ class Subject:
             is the trained model.
         differences: method → name of a weight → what training added to it; empty on a 4-bit base, which has adapters.
         suite: the prompts of the task.
+        suites: those of every task that an analysis asked for, by name; the task is the first.
         k: demonstrations per prompt.
         prompts: test prompts to use.
         progress: show progress bars.
@@ -42,6 +43,7 @@ class Subject:
     at: At
     differences: Mapping[str, Mapping[str, Tensor]]
     suite: TaskSuite
+    suites: Mapping[str, TaskSuite]
     k: int
     prompts: int
     progress: bool
@@ -61,6 +63,7 @@ class Analysis:
         quantized: it works on a 4-bit base.
         check: raises ValueError for options that do not fit the task's prompts or the model's configuration; called
             before a model is loaded.
+        tasks: returns the names of further tasks whose prompts it needs, from its options; "all" for every one.
         figure: draws the plain data; returns the figure and its caption.
         table: sets the plain data in a table.
     """
@@ -73,5 +76,6 @@ class Analysis:
     methods: tuple[str, ...] = ()
     quantized: bool = True
     check: Callable[[TaskSuite, PretrainedConfig, Any], None] | None = None
+    tasks: Callable[[Any], Sequence[str]] | None = None
     figure: Callable[[Any], tuple[Figure, str]] | None = None
     table: Callable[[Results, Any], Table] | None = None

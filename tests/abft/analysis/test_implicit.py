@@ -277,7 +277,7 @@ def test_attention_to_demonstrations_equals_that_by_hand(form, toy_builder, exam
 def test_agreement_of_known_orders():
     icl = torch.tensor([[[4.0, 3.0, 2.0, 1.0, 0.0, -1.0]]])
     found = {
-        name: agreement(icl, other, [2, 2, 2], np.random.default_rng(0), 400)
+        name: agreement(icl, other, [2, 2, 2], np.random.default_rng(0), 100)
         for name, other in (("same", 7 * icl), ("reverse", -icl), ("equal", 0 * icl))
     }
     assert found["same"]["token"].kendall.item() == found["same"]["example"].kendall.item() == 1
@@ -285,7 +285,7 @@ def test_agreement_of_known_orders():
     assert found["reverse"]["token"].kendall.item() == -1
     assert found["reverse"]["token"].recall.item() == found["reverse"]["example"].recall.item() == 0
     assert found["equal"]["token"].kendall.item() == 0  # no order at all
-    assert abs(found["same"]["token"].kendall_random.item()) < 0.1
+    assert abs(found["same"]["token"].kendall_random.item()) < 0.15
     assert [top_count("token", n) for n in (1, 6, 1000)] == [1, 3, 100]
 
 

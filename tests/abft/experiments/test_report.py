@@ -14,9 +14,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from abft.cli.main import main
-from abft.experiments.analyses.analysis_registry import ANALYSES
+from abft.experiments.analyses.analysis_registry import ANALYSES, stored_parts
 from abft.experiments.analyses.connectivity import ConnectivityOptions
 from abft.experiments.analyses.definition import Analysis
+from abft.experiments.analyses.icl_as_tuning import ImplicitOptions
 from abft.experiments.analyses.induction import InductionOptions
 from abft.experiments.analyses.last_row import LastRowOptions
 from abft.experiments.analyses.momentum_attention import MomentumOptions
@@ -40,6 +41,14 @@ OF_ANALYSES = (
     ConnectivityOptions(plane_lowest=0, plane_highest=1, plane_steps=2),
     InductionOptions(tokens=64),
     MomentumOptions(etas=[0.1]),
+    ImplicitOptions(
+        fine_tuning_tasks=["all"],
+        fine_tuning_demonstrations=6,
+        fine_tuning_seeds=[0, 1],
+        fine_tuning_rates=[0.003, 0.03],
+        fine_tuning_validation=8,
+        random_draws=2,
+    ),
 )
 
 
@@ -354,6 +363,40 @@ def test_last_rows_are_of_the_prompts_asked_for(analysed, tmp_path):
     assert "by head" in caption
 
 
+def test_implicit_sets_tasks_and_forms_in_one_table(analysed):
+    content = json.loads((analysed / "analysis.json").read_text())
+    found = content["parts"]["implicit"]["tasks"]
+    assert list(found) == ["topics", "moods"]
+    for of_task in found.values():
+        draw, forms = of_task["demonstrations"], of_task["forms"]
+        assert [tried["value"] for tried in draw["tried"]] == [0, 1]
+        best = max(tried["accuracy"] for tried in draw["tried"])
+        assert best in [tried["accuracy"] for tried in draw["tried"] if tried["value"] == draw["value"]]
+        assert set(forms) == {"all", "label"}
+        assert forms["all"]["accuracy"]["icl"] == forms["label"]["accuracy"]["icl"]
+        assert forms["all"]["losses"] != forms["label"]["losses"]
+        assert all(
+            values["demonstrations"] == 6 and values["rate"]["value"] in (0.003, 0.03) for values in forms.values()
+        )
+    (table,) = (t for t in experiment_tables(Results(analysed), content) if t.name.endswith("implicit"))
+    assert [row[0] for row in table.rows] == [
+        "topics, all tokens", "topics, label alone", "moods, all tokens", "moods, label alone"
+    ]  # fmt: skip
+    values = found["moods"]["forms"]["label"]
+    assert table.rows[3][4] == f"{100 * values['accuracy']['icl']:.1f}"
+    assert table.rows[3][7] == f"{values['sim_aou_mean']:.2f} ({values['sim_aou_random_mean']:.2f})"
+    assert table.rows[3][12].endswith("(0.50)")  # three of six examples
+
+
+def test_results_of_other_options_are_not_shown(analysed, tmp_path):
+    """An analysis stored before one of its options existed is left out until it is made anew."""
+    content = json.loads((analysed / "analysis.json").read_text())
+    del content["options"]["implicit"]["random_draws"]
+    names = {row.name for row, _ in stored_parts(content)}
+    assert names == set(PARTS) - {"implicit"}
+    assert stored_parts(None) == []
+
+
 def test_analysis_refuses(analysed, tmp_path, capsys, monkeypatch):
     arguments = ["analyze", "--experiment", str(analysed)]
     assert main([*arguments, "--parts", "depth"]) == 2
@@ -367,6 +410,13 @@ def test_analysis_refuses(analysed, tmp_path, capsys, monkeypatch):
     plane = ["--plane_lowest", "1", "--plane_highest", "0.5"]
     assert main([*arguments, "--parts", "connectivity", *plane]) == 2
     assert "plane_lowest must be below plane_highest" in capsys.readouterr().err
+    for wrong, message in (
+        (["--fine_tuning_tasks", "weather"], "no task 'weather'; it has topics, moods, or say all"),
+        (["--random_draws", "0"], "random_draws must be 1 or more, got 0"),
+        (["--fine_tuning_rates", "0.1", "0"], "fine_tuning_rates must be above 0"),
+    ):
+        assert main([*arguments, "--parts", "implicit", *wrong]) == 2
+        assert message in capsys.readouterr().err
     for wrong, message in (
         (["--row_prompts", "12"], "row_prompts must lie from 0 to 11, got 12"),
         (["--row_heads", "3"], "row_heads must be LAYER.HEAD, such as 3.1, got '3'"),
