@@ -14,7 +14,7 @@ from abft.evaluation.label_attention import HeadStatistics
 
 __all__ = ["accuracy_figure", "head_figure", "metrics_table", "new_figure", "training_figure"]
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 _METRICS = {
     "accuracy": ("accuracy", "{:.1%}"),
     "macro_f1": ("macro-F1", "{:.3f}"),
@@ -33,11 +33,11 @@ def metrics_table(rows: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     return table
 
 
-def new_figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
-    """Return a figure of this size in inches with panels side by side, drawn without a display; and its axes."""
+def new_figure(width: float, height: float, columns: int = 1, *, rows: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
+    """Return a figure of this size in inches with rows of panels, drawn without a display; and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, **kwargs)
+    return figure, figure.subplots(rows, columns, **kwargs)
 
 
 def accuracy_figure(vanilla: float, runs: Mapping[str, Sequence[float]], n: int) -> Figure:

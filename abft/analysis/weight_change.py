@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from abft.evaluation.classification import evaluate
+from abft.analysis.plane import measure_plane
 from abft.models.projections import find_head, find_parts, find_qk, untie_head
 from abft.models.weights import from_pretrained
 from abft.prompts.builder import PromptSet
@@ -118,7 +117,7 @@ def mode_connectivity(
     second: Mapping[str, Tensor],
     prompts: PromptSet,
     *,
-    factors: Sequence[float] = (-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25),
+    factors: Sequence[float] = (-0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
     batch_size: int = 32,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -133,24 +132,13 @@ def mode_connectivity(
         progress: show a progress bar over the F² points.
 
     Returns:
-        Plain data: `factors`; `accuracy` and `loss` (mean −ln of the gold label's probability among the label words), F
-        lists of F numbers, λ₁ by row; and `line`, the same along θ₁ … θ₂ at eleven equal steps.
+        Plain data, as :func:`abft.analysis.plane.measure_plane`.
     """
-    grid = [(a, b) for a in factors for b in factors]
-    steps = [step / 10 for step in range(11)]
-    points = [*grid, *((1 - step, step) for step in steps)]
-    found = []
-    for point in track(points, description="Mode connectivity", disable=not progress):
-        with moved(model, (first, second), point):
-            result = evaluate(model, prompts, batch_size=batch_size, progress=False)
-        gold = result.probabilities.double().gather(1, result.labels[:, None])
-        found.append((result.accuracy, -gold.clamp(min=1e-12).log().mean().item()))
-    size = len(factors)
-    rows = [found[start : start + size] for start in range(0, len(grid), size)]
-    line = found[len(grid) :]
-    return {
-        "factors": list(factors),
-        "accuracy": [[accuracy for accuracy, _ in row] for row in rows],
-        "loss": [[loss for _, loss in row] for row in rows],
-        "line": {"step": steps, "accuracy": [a for a, _ in line], "loss": [loss for _, loss in line]},
-    }
+    return measure_plane(
+        model,
+        lambda *point: moved(model, (first, second), point),
+        prompts,
+        factors=factors,
+        batch_size=batch_size,
+        progress=progress,
+    )

@@ -34,7 +34,10 @@ def compare_runs(before: str | os.PathLike[str], after: str | os.PathLike[str], 
         values = [run.settings.get(name) for run in runs]
         if values[0] != values[1]:
             raise ValueError(f"the runs have different prompts: {name} is {values[0]!r} and {values[1]!r}")
-    names = [f"{Path(run.settings['model']).name}, {METHODS[run.key.method].title}" for run in runs]
+    names = [
+        ", ".join(filter(None, (Path(run.settings["model"]).name, METHODS[run.key.method].title, run.key.grid)))
+        for run in runs
+    ]
     table = Table(
         "comparison",
         f"{test}: {names[0]} against {names[1]}; difference in points with its 95 % interval (paired "

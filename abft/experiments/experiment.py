@@ -25,6 +25,7 @@ from abft.demo.run import MODEL as DEMO_MODEL
 from abft.evaluation.staicc import TaskData, load_task_data, staicc_task, staicc_task_data
 from abft.evaluation.suites import CALIBRATION, TESTS, TaskSuite, check_tests
 from abft.experiments.card import write_card
+from abft.experiments.grid import changes_of, grid_points, own_options, parse_grid
 from abft.experiments.methods import METHODS, Method, resolve_methods
 from abft.experiments.runs import EXPERIMENT, FORMAT_VERSION, Run, RunKey, check_writable, read_experiment, read_run
 from abft.files import write_json
@@ -79,6 +80,13 @@ class RunOptions(ModelOptions):
         default_factory=lambda: [512], metadata=_help("training prompts; several make a data-efficiency curve")
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata=_help("training seeds"))
+    grid: list[str] = field(
+        default_factory=list,
+        metadata=_help(
+            "training options with several values, such as wrong_penalty=0,0.5 adaption=PID,none: every method that "
+            "trains runs once more for each combination"
+        ),
+    )
     limit: int | None = field(default=None, metadata=_help("queries per test, at most; default: all, as published"))
     published_order: bool = field(
         default=False, metadata=_help("the files hold the data sets as published: bring them into StaICC's order")
@@ -114,6 +122,7 @@ _NOT_SETTINGS = {
     "packing",
     "tokens_per_batch",
     "gradient_checkpointing",
+    "grid",
     "eval_batch_size",
     "keep_weights",
     "quiet",
@@ -143,8 +152,10 @@ class Experiment:
         self.model = str(DEMO_MODEL) if options.model == "demo" else options.model
         loading_arguments(options.dtype, options.load_in_4bit)
         trained = [method for method in self.methods if method.trained]
+        self.points = self._points(trained)
         for method in trained:
-            self._config(method, Path(options.output_dir), 0)
+            for point in self.points[method.name]:
+                self._config(method, Path(options.output_dir), 0, point)
         self.data = {data.task.name: data for data in self._task_data()}
         for data in self.data.values():
             _check_pools(data, options, trains=bool(trained))
@@ -157,6 +168,16 @@ class Experiment:
         self.output = check_writable(options.output_dir)
         for key in self.keys:
             self._stored(key)
+
+    def _points(self, trained: list[Method]) -> dict[str, list[str]]:
+        """Return the points of the grid of each method that trains, its plain run first."""
+        grid = parse_grid(self.options.grid)
+        if grid and not trained:
+            raise ValueError("a grid needs a method that trains; add abft to --methods")
+        settings = asdict(self.options)
+        return {
+            method.name: ["", *(grid_points(grid, own_options(method, settings)) if grid else ())] for method in trained
+        }
 
     def _suites(self) -> dict[str, TaskSuite]:
         """Return the tests of each task, with the prompts of the Normal test made.
@@ -199,12 +220,13 @@ class Experiment:
         """Return the key of every run, the untrained model's first."""
         keys = [RunKey("vanilla", task) for task in self.data] if any(not m.trained for m in self.methods) else []
         return keys + [
-            RunKey(method.name, task, n, seed)
+            RunKey(method.name, task, n, seed, point)
             for task in self._train_tasks()
             for n in self.options.num_prompts
             for seed in self.options.seeds
             for method in self.methods
             if method.trained
+            for point in self.points[method.name]
         ]
 
     def _train_tasks(self) -> list[str]:
@@ -272,6 +294,7 @@ class Experiment:
         for number, key in enumerate(self.keys, 1):
             label = f"[{number}/{len(self.keys)}] {METHODS[key.method].title}, {key.task}"
             label += f", {key.num_prompts} prompts, seed {key.seed}" if key.num_prompts else ""
+            label += f", {key.grid}" if key.grid else ""
             run = self._one(key, label)
             accuracy = run.tests.get(key.task, {}).get("Normal", {}).get("accuracy")
             console.print(label + ("" if accuracy is None else f": accuracy {accuracy:.1%}"), highlight=False)
@@ -327,7 +350,7 @@ class Experiment:
         """Return the arguments that load a trained model."""
         return loading_arguments(self.options.dtype, self.options.load_in_4bit)
 
-    def _config(self, method: Method, folder: Path, seed: int) -> ABFTConfig:
+    def _config(self, method: Method, folder: Path, seed: int, point: str = "") -> ABFTConfig:
         shared = {option.name: getattr(self.options, option.name) for option in fields(TrainingOptions)}
         return ABFTConfig(
             output_dir=str(folder),
@@ -335,7 +358,7 @@ class Experiment:
             per_device_train_batch_size=self.options.batch_size,
             save_total_limit=1,
             disable_tqdm=True,
-            **{**shared, **(method.options or {})},
+            **{**shared, **(method.options or {}), **changes_of(point)},
         )
 
     def _training_prompts(self, key: RunKey) -> PromptSet:
@@ -348,7 +371,7 @@ class Experiment:
         model = load_base(self.model, dtype=self.options.dtype, load_in_4bit=self.options.load_in_4bit)
         done = fit(
             model,
-            self._config(METHODS[key.method], folder / "training", key.seed),
+            self._config(METHODS[key.method], folder / "training", key.seed, key.grid),
             self._training_prompts(key),
             label=label,
             progress=not self.options.quiet,

@@ -8,22 +8,31 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from abft.experiments.analyses import analysis_registry as registry
+from abft.experiments.courses import training_courses
+from abft.experiments.grid_maps import grid_figures
 from abft.experiments.methods import METHODS
 from abft.experiments.results import Results, accuracy
-from abft.experiments.styles import STYLES, integer_ticks, plot_layers
-from abft.plots import new_figure, training_figure
+from abft.experiments.styles import integer_ticks, plot_layers, style_of
+from abft.plots import new_figure
 
 __all__ = ["all_figures", "head_scores_figure"]
 
 
 def all_figures(results: Results, analysis: dict[str, Any] | None = None) -> dict[str, tuple[Figure, str]]:
     """Return name → figure and caption, for what the runs and `analysis.json` have data for."""
-    makers = (accuracy_bars, label_attention, training_course, generalization, data_efficiency, label_errors)
+    makers = (
+        accuracy_bars,
+        label_attention,
+        training_courses,
+        generalization,
+        data_efficiency,
+        label_errors,
+        grid_figures,
+    )
     figures = {name: found for make in makers for name, found in make(results).items()}
-    parts = {} if analysis is None else analysis["parts"]
-    for row in registry.ANALYSES:
-        if row.figure is not None and row.name in parts:
-            figures[row.name] = row.figure(parts[row.name])
+    for row, found in registry.stored_parts(analysis):
+        if row.figure is not None:
+            figures[row.name] = row.figure(found)
     return figures
 
 
@@ -40,7 +49,7 @@ def accuracy_bars(results: Results) -> dict[str, tuple[Figure, str]]:
         cells.append(results.average(name, accuracy))
         heights = [100 * (mean or 0) for mean, _ in cells]
         errors = [100 * (error or 0) for _, error in cells]
-        color, hatch = STYLES[name][:2]
+        color, hatch = style_of(name)[:2]
         x = np.arange(len(groups)) + (index - (len(methods) - 1) / 2) * width
         axes.bar(
             x,
@@ -90,18 +99,6 @@ def label_attention(results: Results) -> dict[str, tuple[Figure, str]]:
     return {"label-attention": (figure, caption)}
 
 
-def training_course(results: Results) -> dict[str, tuple[Figure, str]]:
-    """Draw induction heads and A over training (paper, Fig. 5), of the first ABFT run."""
-    for task in results.tasks:
-        for run in results.of("abft", task):
-            if run.training and run.training["history"]:
-                caption = (
-                    f"Training with ABFT on {task}, seed {run.key.seed}: loss, attention of induction heads, their "
-                )
-                return {"training": (training_figure(run.training["history"]), caption + "number and the penalty A.")}
-    return {}
-
-
 def generalization(results: Results) -> dict[str, tuple[Figure, str]]:
     """Draw accuracy on every task after training on one, as the difference from the untrained model."""
     tasks = results.tasks
@@ -138,7 +135,7 @@ def data_efficiency(results: Results) -> dict[str, tuple[Figure, str]]:
         return {}
     figure, axes = new_figure(4.6, 3.3)
     for name in results.methods:
-        color, _, line, marker = STYLES[name]
+        color, _, line, marker = style_of(name)
         if not METHODS[name].trained:
             mean, _ = results.average(name, accuracy)
             if mean is not None:
@@ -178,7 +175,7 @@ def label_errors(results: Results) -> dict[str, tuple[Figure, str]]:
         return {}
     figure, axes = new_figure(4.2, 2.9)
     for name, (shares, means) in curves.items():
-        color, _, line, marker = STYLES[name]
+        color, _, line, marker = style_of(name)
         axes.plot(100 * np.array(shares), 100 * means, line, marker=marker, color=color, label=METHODS[name].title)
     axes.set_xlabel("demonstrations with a correct label, %")
     axes.set_ylabel("accuracy, %")

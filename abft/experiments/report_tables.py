@@ -81,10 +81,9 @@ def experiment_tables(results: Results, analysis: dict[str, Any] | None = None) 
         _efficiency_table,
     ]
     tables = [table for make in makers if (table := make(results)) is not None]
-    parts = {} if analysis is None else analysis["parts"]
-    for row in registry.ANALYSES:
-        if row.table is not None and row.name in parts:
-            tables.append(row.table(results, parts[row.name]))
+    for row, found in registry.stored_parts(analysis):
+        if row.table is not None:
+            tables.append(row.table(results, found))
     return tables
 
 

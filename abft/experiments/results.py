@@ -49,10 +49,11 @@ class Results:
         return max(self.sizes, default=0)
 
     def of(self, method: str, task: str, num_prompts: int | None = None) -> list[Run]:
-        """Return the runs of a method that were trained (or, if untrained, tested) on the task."""
+        """Return the plain runs of a method that were trained (or, if untrained, tested) on the task."""
         name = "vanilla" if method == "calibration" else method
         size = 0 if not METHODS[method].trained else self.largest if num_prompts is None else num_prompts
-        return [run for run in self.runs if (run.key.method, run.key.task, run.key.num_prompts) == (name, task, size)]
+        wanted = (name, task, size, "")
+        return [run for run in self.runs if (run.key.method, run.key.task, run.key.num_prompts, run.key.grid) == wanted]
 
     def values(
         self,

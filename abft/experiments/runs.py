@@ -25,19 +25,21 @@ class RunKey:
         task: the task of its training; without training, of its test.
         num_prompts: training prompts, 0 without training.
         seed: of training and its prompts.
+        grid: the options that this run changes, as text (see `abft.experiments.grid`); empty for a plain run.
     """
 
     method: str
     task: str
     num_prompts: int = 0
     seed: int = 0
+    grid: str = ""
 
     @property
     def folder(self) -> str:
         """Name of its folder, valid on any file system."""
         task = "".join(c if c.isalnum() else "-" for c in self.task)
         trained = f"-n{self.num_prompts}-seed{self.seed}" if self.num_prompts else ""
-        return f"{self.method}-{task}{trained}"
+        return f"{self.method}-{task}{trained}" + (f"-{self.grid}" if self.grid else "")
 
 
 @dataclass
@@ -104,7 +106,9 @@ def read_experiment(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], lis
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a folder that `abft experiment` wrote")
     content = _read(path)
-    runs = (read_run(Path(folder) / "runs" / RunKey(**key).folder) for key in content["runs"])
+    keys = [RunKey(**key) for key in content["runs"]]
+    content["runs"] = [vars(key) for key in keys]  # fields that a key was stored without have their default
+    runs = (read_run(Path(folder) / "runs" / key.folder) for key in keys)
     return content, [run for run in runs if run is not None]
 
 

@@ -4,24 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-from abft.experiments.methods import METHODS
-from abft.plots import BLUE, GREEN, GREY, ORANGE
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 
-__all__ = ["STYLES", "integer_ticks", "plot_layers"]
+from abft.experiments.methods import METHODS
+from abft.plots import BLUE, GREEN, GREY, ORANGE, VERMILION
+
+__all__ = ["STYLES", "Style", "generated_style", "integer_ticks", "plot_layers", "style_of"]
+
+Style = tuple[str, str, str, str]
+"""Colour, hatch, line style, marker."""
 
 PURPLE, SKY = "#CC79A7", "#56B4E9"
-STYLES = {
+STYLES: dict[str, Style] = {
     "vanilla": (GREY, "", "--", "s"), "calibration": (SKY, "xx", "--", "D"), "abft": (BLUE, "", "-", "o"),
     "e2e": (ORANGE, "//", "-.", "^"), "no_pid": (GREEN, "..", ":", "v"), "no_pid_no_filter": (SKY, "++", ":", "<"),
-    "a0": (PURPLE, "\\\\", ":", ">"), "b0": ("#D55E00", "--", ":", "P"), "restricted": ("#F0E442", "oo", "-", "*"),
-    "e2e_qk": ("#7A4A00", "**", "-.", "d"),
+    "a0": (PURPLE, "\\\\", ":", ">"), "b0": (VERMILION, "--", ":", "P"), "restricted": ("#F0E442", "oo", "-", "*"),
+    "e2e_qk": ("#7A4A00", "**", "-.", "d"), "share": ("#000000", "OO", "-", "X"),
 }  # fmt: skip
-"""Method → colour, hatch, line style, marker."""
+"""By method; a method without a row takes one of :func:`generated_style`."""
+
+
+def generated_style(number: int) -> Style:
+    """Return a style for the setting of this number: 20 colours, seven markers and four lines, in turn."""
+    color = to_hex(colormaps["tab20"](number % 20))
+    return color, "/\\|-+xo."[number % 8], ("-", "--", "-.", ":")[number % 4], "os^vDP*"[number % 7]
+
+
+def style_of(method: str) -> Style:
+    """Return the style of a method."""
+    return STYLES.get(method) or generated_style(list(METHODS).index(method))
 
 
 def plot_layers(axes: Any, method: str, values: Any) -> None:
     """Draw one value per layer as the method's curve."""
-    color, _, line, marker = STYLES[method]
+    color, _, line, marker = style_of(method)
     axes.plot(range(len(values)), values, line, marker=marker, color=color, label=METHODS[method].title)
     axes.set_xlabel("layer")
     axes.set_ylim(bottom=0)

@@ -134,7 +134,8 @@ class PromptBuilder:
         max_length: refuse prompts of more tokens than this. Default: no limit.
 
     Attributes:
-        label_token_ids: for each class, the first token of its label, on which a model is scored.
+        label_ids: for each class, the tokens of its label.
+        label_token_ids: for each class, the first of them, on which a model is scored.
 
     Raises:
         ValueError: a label yields no token, starts with the unknown token, or starts with the same token as
@@ -148,15 +149,10 @@ class PromptBuilder:
         template = task.template
         self._question_ids: dict[tuple[str, bool], list[int]] = {}
         self._leading = self._leading_special_tokens()
-        self._labels = [
+        self.label_ids = [
             self._encode_after(template.label_prefix_segment, template.label_segment(label)) for label in task.labels
         ]
         self.label_token_ids = self._first_label_tokens()
-
-    @property
-    def label_tokens(self) -> dict[str, list[int]]:
-        """The tokens of each label word, as they stand in a prompt."""
-        return dict(zip(self.task.labels, self._labels, strict=True))
 
     def build(self, demonstrations: Sequence[Example], query: Example) -> Prompt:
         """Build one prompt; without demonstrations it is zero-shot.
@@ -165,9 +161,9 @@ class PromptBuilder:
             ValueError: a label that is no class of the task, or a prompt longer than ``max_length``.
         """
         for example in (*demonstrations, query):
-            if not 0 <= example.label < len(self._labels):
+            if not 0 <= example.label < len(self.label_ids):
                 raise ValueError(
-                    f"{example} is in none of the {len(self._labels)} classes of task {self.task.name!r}, "
+                    f"{example} is in none of the {len(self.label_ids)} classes of task {self.task.name!r}, "
                     f"{self.task.labels}; load the examples with labels=task.labels"
                 )
         ids = list(self._leading)
@@ -175,7 +171,7 @@ class PromptBuilder:
         for demonstration in demonstrations:
             ids += self._encode_question(demonstration.text, first=not positions)
             positions.append(len(ids))
-            ids += self._labels[demonstration.label]
+            ids += self.label_ids[demonstration.label]
         ids += self._encode_question(query.text, first=not positions)
         if self.max_length is not None and len(ids) > self.max_length:
             raise ValueError(
@@ -235,7 +231,7 @@ class PromptBuilder:
 
     def _first_label_tokens(self) -> list[int]:
         owner: dict[int, str] = {}
-        for label, ids in zip(self.task.labels, self._labels, strict=True):
+        for label, ids in zip(self.task.labels, self.label_ids, strict=True):
             if not ids:
                 raise ValueError(f"label {label!r} yields no token; choose another label word")
             token = self.tokenizer.convert_ids_to_tokens(ids[0])

@@ -22,7 +22,7 @@ def prompt_notes(builders: Iterable[PromptBuilder]) -> list[str]:
             notes["the tokenizer has a chat template; prompts are plain demonstrations and ignore it"] = None
         if tokenizer.pad_token_id is None:
             notes["the tokenizer has no padding token; batches are filled with EOS, which no token attends to"] = None
-        for label, ids in builder.label_tokens.items():
+        for label, ids in zip(builder.task.labels, builder.label_ids, strict=True):
             if len(ids) > 1:
                 first = tokenizer.convert_ids_to_tokens(ids[0])
                 notes[

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from transformers import PretrainedConfig
 
-from abft.analysis.weight_change import mode_connectivity
+from abft.analysis.plane import measure_plane
+from abft.evaluation.suites import TaskSuite
 from abft.experiments.analyses.definition import Analysis, Subject
 from abft.plots import BLUE, new_figure
 
@@ -20,19 +22,25 @@ __all__ = ["ANALYSIS", "ConnectivityOptions"]
 class ConnectivityOptions:
     """Options of the analysis `connectivity`."""
 
-    factors: list[float] = field(
-        default_factory=lambda: [-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25],
-        metadata={"help": "factors of the plane through the untrained model, E2E's and ABFT's"},
-    )
+    plane_lowest: float = field(default=-0.5, metadata={"help": "lowest factor of the plane, for both models"})
+    plane_highest: float = field(default=1.5, metadata={"help": "highest factor of the plane"})
+    plane_steps: int = field(default=9, metadata={"help": "factors from the lowest to the highest, on each side"})
+
+
+def _check(suite: TaskSuite, config: PretrainedConfig, options: ConnectivityOptions) -> None:
+    if not options.plane_lowest < options.plane_highest or options.plane_steps < 2:
+        raise ValueError(
+            "plane_lowest must be below plane_highest and plane_steps 2 or more, got "
+            f"{options.plane_lowest}, {options.plane_highest} and {options.plane_steps}"
+        )
 
 
 def _run(subject: Subject, options: ConnectivityOptions) -> dict[str, Any]:
-    return mode_connectivity(
+    return measure_plane(
         subject.model,
-        subject.differences["e2e"],
-        subject.differences["abft"],
+        lambda e2e, abft: subject.at({"e2e": e2e, "abft": abft}),
         subject.suite.normal[: subject.prompts],
-        factors=options.factors,
+        factors=np.linspace(options.plane_lowest, options.plane_highest, options.plane_steps).tolist(),
         progress=subject.progress,
     )
 
@@ -64,5 +72,6 @@ ANALYSIS = Analysis(
     uses_prompts=True,
     needs_weights=True,
     methods=("abft", "e2e"),
+    check=_check,
     figure=_figure,
 )

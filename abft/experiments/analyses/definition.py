@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from abft.evaluation.suites import TaskSuite
 from abft.experiments.results import Results
 from abft.experiments.tables import Table
 
-__all__ = ["Analysis", "Subject"]
+__all__ = ["Analysis", "At", "Subject"]
+
+At = Callable[[Mapping[str, float]], AbstractContextManager[None]]
+"""Moves a model while its block runs: takes method → factor."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +27,23 @@ class Subject:
 
     Args:
         model: the untrained model.
-        differences: method → name of a weight → what training added to it, for the runs whose weights are kept.
+        trained: the methods of the runs whose weights are kept.
+        at: takes method → factor; inside its block the model is θ₀ + Σ factor·(θ_method − θ₀), so that a factor of 1
+            is the trained model.
+        differences: method → name of a weight → what training added to it; empty on a 4-bit base, which has adapters.
         suite: the prompts of the task.
+        suites: those of every task that an analysis asked for, by name; the task is the first.
         k: demonstrations per prompt.
         prompts: test prompts to use.
         progress: show progress bars.
     """
 
     model: Any
+    trained: tuple[str, ...]
+    at: At
     differences: Mapping[str, Mapping[str, Tensor]]
     suite: TaskSuite
+    suites: Mapping[str, TaskSuite]
     k: int
     prompts: int
     progress: bool
@@ -48,6 +60,10 @@ class Analysis:
         uses_prompts: the number of test prompts changes the result.
         needs_weights: it needs the weights of one trained run or more.
         methods: methods whose weights it needs.
+        quantized: it works on a 4-bit base.
+        check: raises ValueError for options that do not fit the task's prompts or the model's configuration; called
+            before a model is loaded.
+        tasks: returns the names of further tasks whose prompts it needs, from its options; "all" for every one.
         figure: draws the plain data; returns the figure and its caption.
         table: sets the plain data in a table.
     """
@@ -58,5 +74,8 @@ class Analysis:
     uses_prompts: bool = False
     needs_weights: bool = False
     methods: tuple[str, ...] = ()
+    quantized: bool = True
+    check: Callable[[TaskSuite, PretrainedConfig, Any], None] | None = None
+    tasks: Callable[[Any], Sequence[str]] | None = None
     figure: Callable[[Any], tuple[Figure, str]] | None = None
     table: Callable[[Results, Any], Table] | None = None

@@ -44,4 +44,4 @@ def _figure(values: Shifts) -> tuple[Figure, str]:
     )
 
 
-ANALYSIS = Analysis("distance", _run, needs_weights=True, figure=_figure)
+ANALYSIS = Analysis("distance", _run, needs_weights=True, quantized=False, figure=_figure)

@@ -8,7 +8,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from abft.analysis.heads import HeadScores, induction_scores
-from abft.analysis.weight_change import moved
 from abft.experiments.analyses.definition import Analysis, Subject
 from abft.experiments.methods import METHODS
 from abft.experiments.styles import integer_ticks
@@ -27,9 +26,8 @@ class InductionOptions:
 def _run(subject: Subject, options: InductionOptions) -> dict[str, Any]:
     length = min(options.tokens, subject.suite.max_length or options.tokens)
     values: dict[str, Any] = {"tokens": length}
-    for name in ("vanilla", *subject.differences):
-        change = [subject.differences[name]] if name in subject.differences else []
-        with moved(subject.model, change, [1.0] * len(change)):
+    for name in ("vanilla", *subject.trained):
+        with subject.at({name: 1.0} if name in subject.trained else {}):
             scores = induction_scores(subject.model, length=length, progress=subject.progress)
         values[name] = HeadScores(scores).to_dict()
     return values

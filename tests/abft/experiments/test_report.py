@@ -14,10 +14,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from abft.cli.main import main
-from abft.experiments.analyses.analysis_registry import ANALYSES
+from abft.experiments.analyses.analysis_registry import ANALYSES, stored_parts
 from abft.experiments.analyses.connectivity import ConnectivityOptions
 from abft.experiments.analyses.definition import Analysis
+from abft.experiments.analyses.icl_as_tuning import ImplicitOptions
 from abft.experiments.analyses.induction import InductionOptions
+from abft.experiments.analyses.last_row import LastRowOptions
 from abft.experiments.analyses.momentum_attention import MomentumOptions
 from abft.experiments.analyze import PARTS, AnalyzeOptions, analyze
 from abft.experiments.claims import Figures, claims, judge, published_figures
@@ -32,10 +34,23 @@ from abft.experiments.tables import Table, points, with_error
 from abft.files import write_json
 
 FIGURES = {"accuracy", "label-attention", "training", "generalization", "label-errors", "distance", "connectivity",
-           "induction", "implicit"}  # fmt: skip
+           "last_row", "induction", "implicit"}  # fmt: skip
 
 
-OF_ANALYSES = (ConnectivityOptions(factors=[0.0, 1.0]), InductionOptions(tokens=64), MomentumOptions(etas=[0.1]))
+ANALYSIS_OF = {row.name: row for row in ANALYSES}
+OF_ANALYSES = (
+    ConnectivityOptions(plane_lowest=0, plane_highest=1, plane_steps=2),
+    InductionOptions(tokens=64),
+    MomentumOptions(etas=[0.1]),
+    ImplicitOptions(
+        fine_tuning_tasks=["all"],
+        fine_tuning_demonstrations=6,
+        fine_tuning_seeds=[0, 1],
+        fine_tuning_rates=[0.003, 0.03],
+        fine_tuning_validation=8,
+        random_draws=2,
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +413,66 @@ def test_analysis_keeps_what_is_not_asked_for(analysed, tmp_path):
     assert after["options"]["connectivity"]["prompts"] == 12
 
 
-def test_analysis_refuses(analysed, experiment_folder, tmp_path, capsys):
+def test_last_rows_are_of_the_prompts_asked_for(analysed, tmp_path):
+    folder = tmp_path / "small"
+    shutil.copytree(analysed, folder)
+    options = AnalyzeOptions(experiment=str(folder), parts=["last_row"], quiet=True)
+    found = analyze(options, LastRowOptions(row_prompts=[2, 5], row_heads=["1.3", "0.0"]))["last_row"]
+    assert [prompt["number"] for prompt in found["prompts"]] == [2, 5]
+    mean = json.loads((analysed / "analysis.json").read_text())["parts"]["last_row"]
+    assert mean["heads"] == []
+    for prompt in (*found["prompts"], *mean["prompts"]):
+        assert set(prompt["rows"]) == {"vanilla", "abft", "e2e"}
+        for rows in map(np.array, prompt["rows"].values()):
+            assert rows.shape == (2 if prompt in found["prompts"] else 4, len(prompt["tokens"]))
+            np.testing.assert_allclose(rows.sum(1), 1, atol=1e-3)
+        assert {prompt["tokens"][position] for position in prompt["correct"]} <= {prompt["gold"]}
+        assert prompt["gold"] not in {prompt["tokens"][position] for position in prompt["wrong"]}
+        assert len(prompt["correct"]) + len(prompt["wrong"]) == 4
+    assert found["prompts"][0]["rows"]["vanilla"] != found["prompts"][0]["rows"]["abft"]
+    figure, caption = ANALYSIS_OF["last_row"].figure(found)
+    panels = [axis for axis in figure.axes if axis.get_title()]
+    assert len(panels) == 2 * 3
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["1.3", "0.0"]
+    assert len(panels[2].get_xticklabels()) == len(found["prompts"][0]["tokens"])
+    assert "by head" in caption
+
+
+def test_implicit_sets_tasks_and_forms_in_one_table(analysed):
+    content = json.loads((analysed / "analysis.json").read_text())
+    found = content["parts"]["implicit"]["tasks"]
+    assert list(found) == ["topics", "moods"]
+    for of_task in found.values():
+        draw, forms = of_task["demonstrations"], of_task["forms"]
+        assert [tried["value"] for tried in draw["tried"]] == [0, 1]
+        best = max(tried["accuracy"] for tried in draw["tried"])
+        assert best in [tried["accuracy"] for tried in draw["tried"] if tried["value"] == draw["value"]]
+        assert set(forms) == {"all", "label"}
+        assert forms["all"]["accuracy"]["icl"] == forms["label"]["accuracy"]["icl"]
+        assert forms["all"]["losses"] != forms["label"]["losses"]
+        assert all(
+            values["demonstrations"] == 6 and values["rate"]["value"] in (0.003, 0.03) for values in forms.values()
+        )
+    (table,) = (t for t in experiment_tables(Results(analysed), content) if t.name.endswith("implicit"))
+    assert [row[0] for row in table.rows] == [
+        "topics, all tokens", "topics, label alone", "moods, all tokens", "moods, label alone"
+    ]  # fmt: skip
+    values = found["moods"]["forms"]["label"]
+    assert table.rows[3][4] == f"{100 * values['accuracy']['icl']:.1f}"
+    assert table.rows[3][7] == f"{values['sim_aou_mean']:.2f} ({values['sim_aou_random_mean']:.2f})"
+    assert table.rows[3][12].endswith("(0.50)")  # three of six examples
+
+
+def test_results_of_other_options_are_not_shown(analysed, tmp_path):
+    """An analysis stored before one of its options existed is left out until it is made anew."""
+    content = json.loads((analysed / "analysis.json").read_text())
+    del content["options"]["implicit"]["random_draws"]
+    names = {row.name for row, _ in stored_parts(content)}
+    assert names == set(PARTS) - {"implicit"}
+    assert stored_parts(None) == []
+
+
+def test_analysis_refuses(analysed, tmp_path, capsys, monkeypatch):
     arguments = ["analyze", "--experiment", str(analysed)]
     assert main([*arguments, "--parts", "depth"]) == 2
     assert "unknown part 'depth'" in capsys.readouterr().err
@@ -407,6 +481,24 @@ def test_analysis_refuses(analysed, experiment_folder, tmp_path, capsys):
     assert main([*arguments, "--seed", "7"]) == 2
     assert "keeps no weights of task 'topics', seed 7" in capsys.readouterr().err
     assert main(["analyze", "--experiment", str(tmp_path)]) == 2
+    monkeypatch.setattr("abft.experiments.analyze.load_base", lambda *_, **__: pytest.fail("loaded"))
+    plane = ["--plane_lowest", "1", "--plane_highest", "0.5"]
+    assert main([*arguments, "--parts", "connectivity", *plane]) == 2
+    assert "plane_lowest must be below plane_highest" in capsys.readouterr().err
+    for wrong, message in (
+        (["--fine_tuning_tasks", "weather"], "no task 'weather'; it has topics, moods, or say all"),
+        (["--random_draws", "0"], "random_draws must be 1 or more, got 0"),
+        (["--fine_tuning_rates", "0.1", "0"], "fine_tuning_rates must be above 0"),
+    ):
+        assert main([*arguments, "--parts", "implicit", *wrong]) == 2
+        assert message in capsys.readouterr().err
+    for wrong, message in (
+        (["--row_prompts", "12"], "row_prompts must lie from 0 to 11, got 12"),
+        (["--row_heads", "3"], "row_heads must be LAYER.HEAD, such as 3.1, got '3'"),
+        (["--row_heads", "4.0"], "row_heads names 4.0, but the model has 4 layers of 4 heads"),
+    ):
+        assert main([*arguments, "--parts", "last_row", *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_an_analysis_is_one_row(analysed, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ def test_nothing_to_note(tokenizer):
 
 def test_labels_of_several_tokens(tokenizer):
     builder = PromptBuilder(tokenizer, Task("odd", ("bad", "good")))
-    assert {label: len(ids) for label, ids in builder.label_tokens.items()} == {"bad": 1, "good": 5}
+    assert [len(ids) for ids in builder.label_ids] == [1, 5]
     (note,) = prompt_notes([builder, builder])
     assert "task odd: the label 'good' has 5 tokens" in note
     assert "'Ġ'" in note
