@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from abft.demo.corpus import DEMO_TASKS, demo_splits
@@ -322,7 +323,7 @@ class Experiment:
                 raise ValueError(f"{folder} keeps no weights to test anew; delete the folder to train again")
             model = from_pretrained(folder / "weights", self.model, **self.loading())
         else:
-            model = load_base(self.model, dtype=self.options.dtype, load_in_4bit=self.options.load_in_4bit)
+            model = load_base(self.model, dtype=self._dtype(), load_in_4bit=self.options.load_in_4bit)
         if not self.options.load_in_4bit:
             model = model.to(default_device())
         started = time.perf_counter()
@@ -348,7 +349,13 @@ class Experiment:
 
     def loading(self) -> dict[str, Any]:
         """Return the arguments that load a trained model."""
-        return loading_arguments(self.options.dtype, self.options.load_in_4bit)
+        return loading_arguments(self._dtype(), self.options.load_in_4bit)
+
+    def _dtype(self) -> str:
+        """Return the dtype of the base: full training takes a float16 model in bfloat16, so all tests do."""
+        if self.options.dtype == "auto" and not self.options.lora:
+            return "bfloat16" if AutoConfig.from_pretrained(self.model).dtype == torch.float16 else "auto"
+        return self.options.dtype
 
     def _config(self, method: Method, folder: Path, seed: int, point: str = "") -> ABFTConfig:
         shared = {option.name: getattr(self.options, option.name) for option in fields(TrainingOptions)}
@@ -368,7 +375,7 @@ class Experiment:
 
     def _train(self, key: RunKey, folder: Path, label: str) -> tuple[Any, dict[str, Any]]:
         """Return the trained model, its weights saved, and a record of the training."""
-        model = load_base(self.model, dtype=self.options.dtype, load_in_4bit=self.options.load_in_4bit)
+        model = load_base(self.model, dtype=self._dtype(), load_in_4bit=self.options.load_in_4bit)
         done = fit(
             model,
             self._config(METHODS[key.method], folder / "training", key.seed, key.grid),

@@ -33,7 +33,7 @@ class TrainingOptions:
         packing: concatenate the prompts of a pass along the sequence dimension (batch size 1), without padding; None to
             do so if the model takes positions.
         tokens_per_batch: most tokens of one pass, padding included; a batch with more takes several. `"auto"` for what
-            fits and is quick (`abft.training.passes`), None or `"none"` for no limit.
+            fits and is quick (`abft.training.pass_tokens`), None or `"none"` for no limit.
         gradient_checkpointing: recompute each layer in the backward pass.
         lora: train LoRA adapters on the q and k projections instead of W_Q and W_K themselves.
         lora_r: rank of LoRA.

@@ -40,7 +40,7 @@ from abft.training.collapse import StopOnCollapse
 from abft.training.config import ABFTConfig
 from abft.training.objectives.objective import Objective
 from abft.training.objectives.objective_registry import objective_of
-from abft.training.passes import can_pack, tokens_per_pass
+from abft.training.pass_tokens import can_pack, tokens_per_pass
 from abft.training.steps import HeadCountState
 
 __all__ = ["ABFTTrainer"]

@@ -39,7 +39,7 @@ def query_key(model):
 
 def eager_masses(attentions, batch, all_rows=False):
     groups = batch["key_groups"]
-    indicator = torch.stack([(groups == g).float() for g in (0, 1)], dim=-1)
+    indicator = torch.stack([groups == g for g in (0, 1)], dim=-1).to(attentions[0].dtype)
     masses = [probabilities @ indicator[:, None] for probabilities in attentions]
     return masses if all_rows else [last_rows(batch, mass) for mass in masses]
 

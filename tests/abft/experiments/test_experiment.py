@@ -15,8 +15,9 @@ from abft.experiments.experiment import Experiment, ExperimentOptions
 from abft.experiments.methods import GROUPS, METHODS, resolve_methods
 from abft.experiments.results import Results
 from abft.experiments.runs import RunKey, read_run
-from abft.models.loading import load_base
+from abft.models.loading import load_base, load_tokenizer
 from abft.models.projections import find_qk
+from abft.models.weights import from_pretrained
 from abft.training.options import TrainingOptions
 from abft.training.trainer import ABFTTrainer
 
@@ -321,5 +322,27 @@ def test_file_with_code_in_it(experiment_options, tmp_path, monkeypatch):
 def test_methods():
     assert [method.name for method in resolve_methods(["e2e", "paper"])] == list(GROUPS["paper"])
     assert all(set(method.options or {}) <= set(abft.ABFTConfig.__dataclass_fields__) for method in METHODS.values())
+<<<<<<< HEAD
     ablations = [METHODS[name].options for name in GROUPS["ablation"] if name not in ("vanilla", "abft")]
     assert [options.pop("adaption") for options in map(dict, ablations)] == ["none"] * 4  # the paper's Table 4
+=======
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_is_tested_as_it_was_trained(dtype, tmp_path):
+    """The tests after training, of float32 W_Q and W_K under autocast, equal those of the weights loaded anew."""
+    load_base(str(MODEL)).to(dtype).save_pretrained(tmp_path / "model")
+    load_tokenizer(str(MODEL)).save_pretrained(tmp_path / "model")
+    options = ExperimentOptions(
+        model=str(tmp_path / "model"), data="demo", tasks=["topics"], methods=["abft"], k=4, num_prompts=[32], limit=4,
+        learning_rate=5e-4, num_train_epochs=1, output_dir=str(tmp_path / "out"), quiet=True, gradient_checkpointing=True,
+        tokens_per_batch="300",
+    )  # fmt: skip
+    experiment = Experiment(options)
+    (run,) = experiment.run()
+    weights = tmp_path / "out" / "runs" / run.key.folder / "weights"
+    loaded = from_pretrained(weights, experiment.model, **experiment.loading())
+    assert loaded.dtype == torch.bfloat16
+    again = experiment.suites["topics"].run(loaded, ["Normal"], batch_size=32, progress=False)
+    assert again["Normal"] == run.tests["topics"]["Normal"]
+>>>>>>> mixed
