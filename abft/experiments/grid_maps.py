@@ -57,11 +57,10 @@ class GridRuns:
 
     def accuracy(self, point: Point) -> float:
         """Return mean accuracy in % over the tasks, each over its seeds; NaN if the point lacks a task."""
+        found = [(run.key.task, run.tests.get(run.key.task, {}).get("Normal")) for run in self.runs.get(point, ())]
         by_task = [
-            [accuracy(tests["Normal"]) for run in self.runs.get(point, ()) if run.key.task == task
-             if "Normal" in (tests := run.tests.get(task, {}))]
-            for task in self.tasks
-        ]  # fmt: skip
+            [accuracy(normal) for name, normal in found if name == task and normal is not None] for task in self.tasks
+        ]
         return 100 * float(np.mean([np.mean(values) for values in by_task])) if all(by_task) else float("nan")
 
     def panels(self) -> list[Point]:

@@ -103,8 +103,8 @@ def _figure(found: dict[str, Any]) -> tuple[Figure, str]:
     longest = max(len(prompt["tokens"]) for prompt in prompts)
     layers = len(prompts[0]["rows"][names[0]])
     height = len(prompts) * (len(names) * (0.45 + 0.1 * layers) + 0.8)
-    figure, axes = new_figure(float(np.clip(0.105 * longest + 1.6, 6, 24)), height, rows=len(prompts) * len(names),
-                              squeeze=False)  # fmt: skip
+    width = float(np.clip(0.105 * longest + 1.6, 6, 24))
+    figure, axes = new_figure(width, height, rows=len(prompts) * len(names), squeeze=False)
     largest = max(np.max(prompt["rows"][name]) for prompt in prompts for name in names)
     for number, prompt in enumerate(prompts):
         group = axes[number * len(names) : (number + 1) * len(names), 0]

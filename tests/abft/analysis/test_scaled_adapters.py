@@ -16,7 +16,6 @@ from abft.experiments.analyses.induction import InductionOptions
 from abft.experiments.analyses.momentum_attention import MomentumOptions
 from abft.experiments.analyze import AnalyzeOptions, analyze
 from abft.experiments.experiment import Experiment
-from abft.experiments.report import write_report
 from abft.experiments.runs import read_run
 
 IDS = torch.arange(3, 33)[None]
@@ -139,7 +138,6 @@ def test_analyses_of_a_4_bit_experiment(experiment_options, tmp_path, capsys):
     assert plane["accuracy"][1][0] == tested["e2e"]["accuracy"]
     assert len({plane["loss"][i][j] for i in (0, 1) for j in (0, 1)}) == 4  # four different models
     assert found["induction"]["vanilla"] != found["induction"]["abft"]
-    write_report([tmp_path], tmp_path / "report.html")
     assert main(["analyze", "--experiment", str(tmp_path), "--parts", "distance"]) == 2
     assert "ask for --parts connectivity last_row induction momentum" in capsys.readouterr().err
     assert set(json.loads((tmp_path / "analysis.json").read_text())["parts"]) == set(found)

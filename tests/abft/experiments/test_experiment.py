@@ -322,10 +322,8 @@ def test_file_with_code_in_it(experiment_options, tmp_path, monkeypatch):
 def test_methods():
     assert [method.name for method in resolve_methods(["e2e", "paper"])] == list(GROUPS["paper"])
     assert all(set(method.options or {}) <= set(abft.ABFTConfig.__dataclass_fields__) for method in METHODS.values())
-<<<<<<< HEAD
     ablations = [METHODS[name].options for name in GROUPS["ablation"] if name not in ("vanilla", "abft")]
     assert [options.pop("adaption") for options in map(dict, ablations)] == ["none"] * 4  # the paper's Table 4
-=======
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -345,4 +343,3 @@ def test_a_half_precision_model_is_tested_as_it_was_trained(dtype, tmp_path):
     assert loaded.dtype == torch.bfloat16
     again = experiment.suites["topics"].run(loaded, ["Normal"], batch_size=32, progress=False)
     assert again["Normal"] == run.tests["topics"]["Normal"]
->>>>>>> mixed
