@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from abft.models.options import ModelOptions
+from abft.models.model_options import ModelOptions
 
 __all__ = ["PromptOptions"]
 

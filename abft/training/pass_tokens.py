@@ -7,6 +7,8 @@ linear layers: each keeps its input and output for the backward pass, and what l
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
+from typing import Any
 
 import psutil
 import torch
@@ -41,14 +43,15 @@ def _widths(model: nn.Module) -> tuple[int, int]:
     head = inner.get_output_embeddings()
     experts = getattr(inner.config.get_text_config(), "num_experts_per_tok", None)
     total = widest = 0
-    for module in inner.modules():
+    modules: Iterable[Any] = inner.modules()  # of layers that know their sizes
+    for module in modules:
         if module is head:
             continue
         sizes: tuple[int, ...] = ()
         if hasattr(module, "in_features") and hasattr(module, "out_features"):
-            sizes = (int(module.in_features), int(module.out_features))
+            sizes = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
-            sizes = (int(module.nx), int(module.nf))
+            sizes = (module.nx, module.nf)
         else:  # experts as one tensor (experts, inputs, outputs)
             sizes = tuple(
                 sum(weight.shape[1:]) * min(experts or weight.shape[0], weight.shape[0])

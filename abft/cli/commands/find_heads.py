@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abft.cli.command import Command, sourced, write_note
-from abft.models.options import ModelOptions
+from abft.models.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from abft.cli.command import Command
-from abft.models.options import ModelOptions
+from abft.models.model_options import ModelOptions
 
 __all__ = ["COMMAND", "PlanOptions"]
 

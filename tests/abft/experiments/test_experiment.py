@@ -333,8 +333,8 @@ def test_a_half_precision_model_is_tested_as_it_was_trained(dtype, tmp_path):
     load_tokenizer(str(MODEL)).save_pretrained(tmp_path / "model")
     options = ExperimentOptions(
         model=str(tmp_path / "model"), data="demo", tasks=["topics"], methods=["abft"], k=4, num_prompts=[32], limit=4,
-        learning_rate=5e-4, num_train_epochs=1, output_dir=str(tmp_path / "out"), quiet=True, gradient_checkpointing=True,
-        tokens_per_batch="300",
+        learning_rate=5e-4, num_train_epochs=1, output_dir=str(tmp_path / "out"), quiet=True,
+        gradient_checkpointing=True, tokens_per_batch="300",
     )  # fmt: skip
     experiment = Experiment(options)
     (run,) = experiment.run()
