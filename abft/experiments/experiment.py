@@ -30,7 +30,15 @@ from abft.experiments.grid import changes_of, grid_points, own_options, parse_gr
 from abft.experiments.methods import METHODS, Method, resolve_methods
 from abft.experiments.runs import EXPERIMENT, FORMAT_VERSION, Run, RunKey, check_writable, read_experiment, read_run
 from abft.files import write_json
-from abft.models.loading import context_of, default_device, load_base, load_config, load_tokenizer, loading_arguments
+from abft.models.loading import (
+    computes_bfloat16,
+    context_of,
+    default_device,
+    load_base,
+    load_config,
+    load_tokenizer,
+    loading_arguments,
+)
 from abft.models.model_options import MODEL_HELP, ModelOptions
 from abft.models.weights import from_pretrained
 from abft.prompts.builder import PromptSet, sample_prompts
@@ -353,7 +361,7 @@ class Experiment:
 
     def _dtype(self) -> str:
         """Return the dtype of the base: full training takes a float16 model in bfloat16, so all tests do."""
-        if self.options.dtype == "auto" and not self.options.lora:
+        if self.options.dtype == "auto" and not self.options.lora and computes_bfloat16():
             return "bfloat16" if load_config(self.model).dtype == torch.float16 else "auto"
         return self.options.dtype
 

@@ -13,6 +13,7 @@ import abft.models.attention as _adapter
 from abft.models.gguf import is_gguf, model_folder, read_gguf_config
 
 __all__ = [
+    "computes_bfloat16",
     "context_of",
     "default_device",
     "load_base",
@@ -30,11 +31,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def computes_bfloat16() -> bool:
+    """Return True unless models run on a CPU whose instructions lack bfloat16, where it is several times slower."""
+    return default_device() != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def loading_arguments(dtype: str = "auto", load_in_4bit: bool = False) -> dict[str, Any]:
     """Return arguments for `from_pretrained`: the dtype, or NF4 with double quantisation on this process's device.
 
     Args:
-        dtype: "float32", "bfloat16" or "float16"; "auto" is the model's own.
+        dtype: "float32", "bfloat16" or "float16"; "auto" is the model's own, but float32 without
+            :func:`computes_bfloat16`.
         load_in_4bit: quantize with bitsandbytes; matrices are multiplied in `dtype`, or in bfloat16 if that is "auto".
 
     Raises:
@@ -43,7 +50,7 @@ def loading_arguments(dtype: str = "auto", load_in_4bit: bool = False) -> dict[s
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     if not load_in_4bit:
-        return {"dtype": dtype}
+        return {"dtype": "float32" if dtype == "auto" and not computes_bfloat16() else dtype}
     if find_spec("bitsandbytes") is None:
         raise ValueError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
     computing = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)

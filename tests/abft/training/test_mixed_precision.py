@@ -119,7 +119,7 @@ def test_ways_to_save_memory_change_nothing(changes, toy_prompts, toy_builder, t
 def test_evaluation_is_of_what_was_trained(dtype, toy_prompts, toy_builder, tmp_path):
     """Of the masters under autocast while training, and of the saved weights on the 16-bit base afterwards."""
     tiny("llama", **LABEL_LOOKERS).to(dtype).save_pretrained(tmp_path / "base")
-    base = load_base(str(tmp_path / "base"))
+    base = load_base(str(tmp_path / "base"), dtype=str(dtype).removeprefix("torch."))
     assert base.dtype == dtype
     trainer = trained(base, toy_prompts[:32], toy_builder, tmp_path / "run", learning_rate=1e-2, head_filter=False)
     trainer.save_model(str(tmp_path / "trained"))
