@@ -148,8 +148,17 @@ def _setup(results: Results) -> str:
         + (", 4-bit base" if settings["load_in_4bit"] else "")
         + (f"; at most {settings['limit']} queries per test" if settings["limit"] else "")
         + (f". {unfinished} of {runs} runs are not finished yet" if unfinished else "")
-        + "."
+        + f".{_fallen_heads(results)}"
     )
+
+
+def _fallen_heads(results: Results) -> str:
+    """Return a sentence on the runs that lost half of their induction heads; "" if none did."""
+    fallen = results.head_losses()
+    if not fallen:
+        return ""
+    runs = ", ".join(f"{name} ({first:.1f} → {last:.1f})" for name, (first, last) in fallen.items())
+    return f" Induction heads per prompt fell below half of their first number in {len(fallen)} runs: {runs}."
 
 
 def _part(results: Results, title: str) -> _Part:

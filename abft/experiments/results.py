@@ -13,6 +13,7 @@ from abft.evaluation.metrics import PairedComparison, mean_and_error, paired_boo
 from abft.evaluation.suites import CALIBRATION, correct_by_query
 from abft.experiments.methods import METHODS
 from abft.experiments.runs import Run, read_experiment
+from abft.losses import HeadCountController
 
 __all__ = ["Results", "Value", "accuracy"]
 
@@ -108,6 +109,19 @@ class Results:
         found = [run.tests.get(task, {}).get(test) for run in self.of(method, task)]
         rows = [correct_by_query(result) for result in found if result is not None]
         return np.mean(rows, axis=0) if rows else None
+
+    def head_losses(self) -> dict[str, tuple[float, float]]:
+        """Return the runs whose induction heads fell below half of their first number: run → heads per prompt.
+
+        The heads are those of the first and the last step, before its update.
+        """
+        found = {}
+        for run in self.runs:
+            history = (run.training or {}).get("history", [])
+            counts = [entry["induction_heads"] for entry in history if "induction_heads" in entry]
+            if counts and counts[-1] < HeadCountController.HEALTHY * counts[0]:
+                found[run.key.folder] = (counts[0], counts[-1])
+        return found
 
     def seconds(self, method: str, *, checkpoints: bool = False) -> tuple[float | None, float | None]:
         """Return training time in seconds, without or with saving checkpoints: mean and standard error over runs."""

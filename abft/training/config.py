@@ -61,6 +61,8 @@ class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # l
         self._check_passes()
         if self.learning_rate is None:
             self.learning_rate = 1e-4 if self.lora else 2e-5
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            self.lr_scheduler_type = "constant_with_warmup"
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # no nn.DataParallel, which would change the pseudo-batch; use torchrun
         if self.auto_find_batch_size:

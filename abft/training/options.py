@@ -16,6 +16,7 @@ class TrainingOptions:
     Args:
         learning_rate: None for the paper's 2e-5 (full) or 1e-4 (LoRA).
         num_train_epochs: passes over the training prompts.
+        warmup_steps: optimizer steps over which the rate rises linearly to `learning_rate`; 0 in the paper.
         pseudo_batch_size: prompts whose gradients are averaged for one optimizer step, over all processes.
         wrong_penalty: A, weight of the mass on wrong labels; its first value if it is adapted.
         correct_award: B, weight of the mass missing on correct labels.
@@ -41,6 +42,7 @@ class TrainingOptions:
 
     learning_rate: float | None = field(default=None, metadata={"help": "None: 2e-5 (full), 1e-4 (LoRA)"})
     num_train_epochs: float = field(default=2, metadata={"help": "passes over the training prompts"})
+    warmup_steps: int = field(default=0, metadata={"help": "optimizer steps in which the rate rises to its value"})
     pseudo_batch_size: int = field(default=32, metadata={"help": "prompts averaged for one optimizer step"})
     wrong_penalty: float = field(default=0.5, metadata={"help": "A: weight of the mass on wrong labels"})
     correct_award: float = field(default=1.0, metadata={"help": "B: weight of the mass missing on correct labels"})

@@ -38,6 +38,8 @@ def run(options: ExperimentOptions) -> int:
     for claim in claims(results):
         if claim.holds is not None:
             console.print(f"{claim.text}: {claim.verdict}. {claim.evidence}", highlight=False)
+    for name, (first, last) in results.head_losses().items():
+        console.print(f"{name}: induction heads per prompt fell from {first:.1f} to {last:.1f}", highlight=False)
     write_note(write_report([experiment.output], experiment.output / "report.html"))
     return 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_experiments import GOOD, made
 from matplotlib.figure import Figure
 
 from abft.cli.main import main
@@ -22,16 +23,12 @@ from abft.experiments.analyses.induction import InductionOptions
 from abft.experiments.analyses.last_row import LastRowOptions
 from abft.experiments.analyses.momentum_attention import MomentumOptions
 from abft.experiments.analyze import PARTS, AnalyzeOptions, analyze
-from abft.experiments.claims import Figures, claims, judge, published_figures
 from abft.experiments.comparison import compare_runs
-from abft.experiments.methods import METHODS
-from abft.experiments.paper_tables import AVERAGES, published_averages
 from abft.experiments.report import write_report
 from abft.experiments.report_tables import experiment_tables, overview_table
 from abft.experiments.results import Results
-from abft.experiments.runs import FORMAT_VERSION, Run, RunKey
+from abft.experiments.runs import RunKey
 from abft.experiments.tables import Table, points, with_error
-from abft.files import write_json
 
 FIGURES = {"accuracy", "label-attention", "training", "generalization", "label-errors", "distance", "connectivity",
            "last_row", "induction", "implicit"}  # fmt: skip
@@ -66,71 +63,6 @@ def analysed(experiment_folder, tmp_path_factory) -> Path:
 def report(analysed) -> Path:
     write_report([analysed], analysed / "report.html")
     return analysed / "report.html"
-
-
-# --- made-up runs, whose figures are known -----------------------------------------------------------------
-
-
-def made(tmp_path, accuracies, *, methods=None, model="demo", **extra) -> Path:
-    """An experiment with runs of 100 prompts; `accuracies[method][task]` is a list over seeds, of shares.
-
-    Keys (task, other) are the accuracy on another task after training on one.
-    """
-    rng = np.random.default_rng(0)
-    order = rng.permutation(100)
-    settings = {"model": model, "k": 4, "data": "demo", "lora": False, "load_in_4bit": False, "limit": None}
-    tasks = [task for task in next(iter(accuracies.values())) if isinstance(task, str)]
-    keys = []
-
-    def normal(accuracy):
-        predictions = [0 if order[i] < round(100 * accuracy) else 1 for i in range(100)]
-        return {"n": 100, "accuracy": accuracy, "macro_f1": accuracy, "true_label_likelihood": accuracy, "ece": 0.1,
-                "predictions": predictions, "labels": [0] * 100, "posterior_bias": {"kl": 0.1}}  # fmt: skip
-
-    for method, by_task in accuracies.items():
-        for task in tasks:
-            for seed, accuracy in enumerate(by_task[task]):
-                trained = METHODS[method].trained
-                key = RunKey(method, task, 512 if trained else 0, seed if trained else 0)
-                tests = {task: {"Normal": normal(accuracy), **extra.get(method, {})}}
-                for pair, values in by_task.items():
-                    if isinstance(pair, tuple) and pair[0] == task:
-                        tests[pair[1]] = {"Normal": normal(values[seed])}
-                seconds = {"abft": 10.0, "e2e": 25.0}.get(method, 10.0)
-                training = {
-                    "seconds": seconds,
-                    "checkpoint_seconds": 1.0,
-                    "trained_parameters": {"abft": 1000, "e2e": 12345}.get(method, 1000),
-                    "steps": 32,
-                    "peak_memory_bytes": 2**30,
-                    "resumed": False,
-                    "history": [],
-                }
-                run = Run(key, settings, tests, training if trained else None, {"date": "2026-01-01"})
-                run.write(tmp_path / "runs" / key.folder)
-                keys.append(vars(key))
-    seeds = list(range(max(len(values) for by_task in accuracies.values() for values in by_task.values())))
-    write_json(
-        tmp_path / "experiment.json",
-        {
-            "format_version": FORMAT_VERSION,
-            "settings": settings,
-            "tasks": tasks,
-            "methods": list(accuracies),
-            "seeds": seeds,
-            "num_prompts": [512],
-            "tests": ["Normal"],
-            "runs": keys,
-        },
-    )
-    return tmp_path
-
-
-GOOD = {
-    "vanilla": {"a": [0.5], "b": [0.6]},
-    "abft": {"a": [0.7, 0.8], "b": [0.8, 0.8], ("a", "b"): [0.62, 0.62], ("b", "a"): [0.5, 0.52]},
-    "e2e": {"a": [0.74, 0.76], "b": [0.82, 0.82], ("a", "b"): [0.5, 0.5], ("b", "a"): [0.4, 0.4]},
-}
 
 
 def test_overview_has_means_errors_and_the_best(tmp_path):
@@ -187,115 +119,6 @@ def test_transfer_table(tmp_path):
     assert re.match(r"\+25\.0 \[\+1\d\.\d, \+3\d\.\d\]\*", against["a"][0])
 
 
-def test_claims_that_hold(tmp_path):
-    found = claims(Results(made(tmp_path, GOOD, vanilla=consistent(0.6), abft=consistent(0.8))))
-    gain, level, transfer, consistency, parts, order, time_ = found
-    assert gain.holds
-    assert "+22.5 points" in gain.evidence
-    assert level.holds
-    assert "-1.0 points" in level.evidence
-    assert transfer.holds
-    assert "ABFT 56.5 %, E2E 45.0 %, untrained 55.0 %" in transfer.evidence
-    assert consistency.holds
-    assert "60.0 → 80.0" in consistency.evidence
-    assert parts.holds is order.holds is None
-    assert time_.holds
-    assert "2.50" in time_.evidence
-
-
-def consistent(share):
-    return {test: {"consistency": share, "accuracy_mean": 0.5} for test in ("TempSensitivity", "DemoSensitivity")}
-
-
-def test_claims_that_do_not_hold(tmp_path):
-    bad = {
-        "vanilla": {"a": [0.6]}, "abft": {"a": [0.6]}, "e2e": {"a": [0.8]}, "no_pid": {"a": [0.6]},
-        "no_pid_no_filter": {"a": [0.6]}, "a0": {"a": [0.7]}, "b0": {"a": [0.3]},
-    }  # fmt: skip
-    found = claims(Results(made(tmp_path, bad, vanilla=consistent(0.9), abft=consistent(0.8))))
-    assert [claim.holds for claim in found[:6]] == [False, False, None, False, False, False]
-    assert "no fall: ABFT without PID, ABFT without PID and filter, ABFT with A = 0" in found[4].evidence
-
-
-def test_ablations_in_order(tmp_path):
-    names = ("vanilla", "abft", "no_pid", "no_pid_no_filter", "a0", "b0")
-    falling = {name: {"a": [0.8 - 0.05 * i]} for i, name in enumerate(names)} | {"vanilla": {"a": [0.5]}}
-    parts, order = claims(Results(made(tmp_path / "1", falling)))[4:6]
-    assert parts.holds
-    assert order.holds
-    level = {name: {"a": [0.8]} for name in names}
-    claim = claims(Results(made(tmp_path / "2", level)))[5]
-    assert claim.holds is False
-    assert "no step contradicts the order" in claim.evidence
-
-
-def test_plain_numbers_are_judged_by_the_same_criteria():
-    """Without predictions there is no interval: differences of means, of one point and of three."""
-
-    def verdicts(**figures):
-        return {claim.name: claim.holds for claim in judge(Figures(**figures)) if claim.holds is not None}
-
-    assert verdicts() == {}
-    assert verdicts(accuracy={"vanilla": 0.5, "abft": 0.511}) == {"gain": True}
-    assert verdicts(accuracy={"vanilla": 0.5, "abft": 0.509}) == {"gain": False}
-    assert verdicts(accuracy={"abft": 0.6, "e2e": 0.629}) == {"level": True}
-    assert verdicts(accuracy={"abft": 0.6, "e2e": 0.631}) == {"level": False}
-    assert verdicts(accuracy={"abft": 0.6, "e2e": 0.6}, prompts=1024) == {}
-    assert verdicts(away={"abft": 0.5, "e2e": 0.5}) == {"transfer": False}
-    assert verdicts(seconds={"abft": 10, "e2e": 10.4}) == {"time": False}
-    falling = dict(zip(("abft", "no_pid", "no_pid_no_filter", "a0", "b0"), (0.8, 0.7, 0.6, 0.5, 0.4), strict=True))
-    assert verdicts(accuracy=falling) == {"parts": True, "order": True}
-    assert verdicts(accuracy={**falling, "b0": 0.55}) == {"parts": True, "order": False}
-    assert verdicts(accuracy={**falling, "no_pid": 0.795}) == {"parts": False, "order": False}
-
-
-def test_the_papers_own_tables_are_judged():
-    """docs/evaluation.md shows these verdicts, the failures included."""
-    path = Path(__file__).resolve().parents[3] / "docs" / "evaluation.md"
-    section = path.read_text().split("<!-- verdicts -->")[1]
-    shown = {
-        (cells[0], cells[1]): cells[2]
-        for line in section.splitlines()
-        if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 4 and cells[0].startswith("Table")
-    }
-    found: dict = {}
-    for name, figures in published_figures().items():
-        table, model = name.split(", ")
-        for claim in judge(figures):
-            if claim.holds is not None:
-                found.setdefault((table, claim.name), []).append((claim.holds, model))
-    rows = {
-        key: f"{sum(holds for holds, _ in of)} of {len(of)}"
-        + (f" (not {', '.join(model for holds, model in of if not holds)})" if not all(h for h, _ in of) else "")
-        for key, of in found.items()
-    }
-    assert shown == rows
-
-
-def test_published_averages_are_means_over_the_tasks():
-    """Three rows of Table 1, read value by value."""
-    rows = {
-        ("simplescaling/s1.1-32B", "vanilla"): (94.82, 94.24, 91.11, 50.20, 69.63, 89.65, 68.36, 72.17),
-        ("chargoddard/llama3-42b-v0", "abft"): (95.02, 93.85, 94.87, 48.10, 64.70, 90.09, 69.24, 70.85),
-        ("nyunai/nyun-c2-llama3-56B", "calibration"): (92.29, 92.77, 69.92, 50.49, 68.75, 65.92, 58.11, 62.70),
-    }
-    for (model, method), values in rows.items():
-        assert AVERAGES[model][method] == pytest.approx(sum(values) / 8, abs=0.006), model
-    assert len(AVERAGES) == 9
-
-
-def test_papers_figures_stand_beside_its_models(tmp_path):
-    assert published_averages("meta-llama/Meta-Llama-3-8B") == {"vanilla": 66.60, "calibration": 62.02, "abft": 80.20}
-    assert published_averages("models/gpt2-xl")["abft"] == 67.74
-    assert published_averages("tiiuae/Falcon3-7B-Base")["vanilla"] == 67.55
-    assert published_averages("Llama-3.1-8B") == {}
-    results = Results(made(tmp_path, GOOD, model="Qwen/Qwen2.5-32B"))
-    table = overview_table([results])
-    assert table.columns[-1] == "paper's average"
-    assert [row[-1] for row in table.rows] == ["75.29", "79.64", ""]
-    assert len(overview_table([results], paper=False).columns) == 4
-
-
 def test_table_formats():
     table = Table("t", "50 % of a_b", ["", "x_1"], [["a & b", "1.0 ± 0.5"], ["c", "−2"]], {(0, 1)})
     assert "| a & b | **1.0 ± 0.5** |" in table.markdown()
@@ -309,6 +132,18 @@ def test_table_formats():
 
 
 # --- the files ------------------------------------------------------------------------------------------------
+
+
+def test_lost_heads_are_named(tmp_path):
+    folder = made(tmp_path, {"vanilla": {"a": [0.5]}, "abft": {"a": [0.7, 0.8]}, "e2e": {"a": [0.7, 0.8]}})
+    for seed, counts in enumerate(([8.0, 5.0, 3.9], [8.0, 2.0, 4.1])):
+        path = folder / "runs" / f"abft-a-n512-seed{seed}" / "run.json"
+        content = json.loads(path.read_text())
+        content["training"]["history"] = [{"loss": 1.0, "induction_heads": count} for count in counts]
+        path.write_text(json.dumps(content))
+    assert Results(folder).head_losses() == {"abft-a-n512-seed0": (8.0, 3.9)}
+    write_report([folder], folder / "report.html")
+    assert "in 1 runs: abft-a-n512-seed0 (8.0 → 3.9)" in (folder / "report.md").read_text()
 
 
 def test_report_stands_alone(report):

@@ -110,3 +110,9 @@ def test_without_the_option_training_goes_on(toy_prompts, toy_builder, tmp_path)
     with pytest.warns(UserWarning, match="attention is collapsing.*stop_on_collapse"):
         trainer.train()
     assert trainer.state.global_step == 8
+
+
+def test_the_rate_warms_up(toy_prompts, toy_builder, tmp_path):
+    trainer = run(toy_prompts, toy_builder, tmp_path, method="share", warmup_steps=4, learning_rate=1e-3)
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([0.0, 0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3, 1e-3])
