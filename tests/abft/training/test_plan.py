@@ -122,7 +122,10 @@ def test_the_command_line(seven_billion, capsys):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"mode": "half"}, "mode must be one of full, restricted, e2e, e2e_qk, inference, got 'half'"),
+        (
+            {"mode": "half"},
+            "mode must be one of full, restricted, share, share_restricted, e2e, e2e_qk, inference, got 'half'",
+        ),
         ({"precision": "int8"}, "precision must be one of"),
         ({"context": 200_000}, "context=200000 is beyond the model's 131072 tokens"),
         ({"gpus": 0}, "must be positive"),
