@@ -155,14 +155,8 @@ def _experiment_options(options: argparse.Namespace) -> ExperimentOptions:
         load_in_4bit=options.quantized,
         keep_weights=options.MAUVE_test or not options.dont_save_model,
         quiet=options.quiet,
-        batch_size=_largest_batch(options.pseudo_batch_size),
         **training,
     )
-
-
-def _largest_batch(pseudo_batch_size: int) -> int:
-    """Return the prompts per pass: the largest divisor of the pseudo-batch up to 8, which changes no result."""
-    return next((size for size in range(min(8, max(pseudo_batch_size, 1)), 0, -1) if pseudo_batch_size % size == 0), 1)
 
 
 def prototype(arguments: Sequence[str]) -> int:

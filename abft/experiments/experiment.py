@@ -102,7 +102,7 @@ class RunOptions(ModelOptions):
     )
     staicc_compat: bool = field(default=False, metadata=_help("reproduce StaICC 0.1.1's own numbers, faults included"))
     staicc_labels: bool = field(default=False, metadata=_help("StaICC 0.1.1's words for SUBJ, false and true"))
-    batch_size: int = field(default=8, metadata=_help("training prompts per pass"))
+    batch_size: int | None = field(default=None, metadata=_help("training prompts at a time; default: all of a step"))
     eval_batch_size: int = field(default=32, metadata=_help("test prompts per pass"))
     load_in_4bit: bool = field(default=False, metadata=_help("the base in 4-bit NF4; with --lora True"))
     dtype: str = field(

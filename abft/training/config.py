@@ -48,7 +48,9 @@ class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # l
     lora_alpha: int = field(default=32, metadata={"help": "alpha of LoRA"})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "modules that LoRA adapts"})
 
-    per_device_train_batch_size: int = 8
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "prompts at a time; None: all of a step, which tokens_per_batch divides"}
+    )
     lr_scheduler_type: str = "constant"
     max_grad_norm: float = 0.0
     logging_steps: float = 1
@@ -61,6 +63,9 @@ class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # l
         self._check_passes()
         if self.learning_rate is None:
             self.learning_rate = 1e-4 if self.lora else 2e-5
+        all_at_once = self.per_device_train_batch_size is None
+        if all_at_once:
+            self.per_device_train_batch_size = 1  # until the number of processes is known
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             self.lr_scheduler_type = "constant_with_warmup"
         super().__post_init__()
@@ -69,6 +74,8 @@ class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # l
             raise ValueError("auto_find_batch_size would change the pseudo-batch; use packing and tokens_per_batch")
         if self.restore_callback_states_from_checkpoint:
             raise ValueError("A and its history are always restored; leave restore_callback_states_from_checkpoint off")
+        if all_at_once:
+            self.per_device_train_batch_size = self._prompts_of_a_step()
         self.gradient_accumulation_steps = self._accumulation_steps()
 
     def _check_passes(self) -> None:
@@ -82,6 +89,15 @@ class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # l
                     "restricted_gradient takes each layer's gradient inside the forward pass and keeps no "
                     f"activations; {name}=True does not go with it"
                 )
+
+    def _prompts_of_a_step(self) -> int:
+        """Return the prompts of a step on each process, or fewer for engines that cannot divide them by tokens."""
+        prompts = max(1, self.pseudo_batch_size // max(1, self.world_size // max(1, self.tensor_parallel_size)))
+        if self.gradient_accumulation_steps > 1 and prompts % self.gradient_accumulation_steps == 0:
+            return prompts // self.gradient_accumulation_steps
+        if not self.fsdp and not self.deepspeed:
+            return prompts
+        return max(size for size in range(1, min(8, prompts) + 1) if prompts % size == 0)
 
     def _accumulation_steps(self) -> int:
         """Return the passes of each process for one pseudo-batch.

@@ -111,7 +111,7 @@ def test_training_goes_on_where_it_was_cut_off(model_folder, files, tmp_path):
         (["--task", "SST9"], "unknown task 'SST9'"),
         (["--labels", "music", "sport"], "food"),
         (["--labels", "music", "food", "opera"], "unknown token"),
-        (["--pseudo_batch_size", "12"], "pseudo_batch_size=12"),
+        (["--pseudo_batch_size", "12", "--per_device_train_batch_size", "8"], "pseudo_batch_size=12"),
         (["--gradient_accumulation_steps", "3"], "give pseudo_batch_size alone"),
         (["--model", "no/such/folder/here"], "no/such/folder/here"),
         (["--k", "-1"], "k must be"),

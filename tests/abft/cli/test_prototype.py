@@ -89,7 +89,6 @@ def test_defaults_are_the_papers(folder):
         (["--train_sample_num", "64"], "num_prompts", [64]),
         (["--lr", "1e-4"], "learning_rate", 1e-4),
         (["--pseudo_batch_size", "12"], "pseudo_batch_size", 12),
-        (["--pseudo_batch_size", "12"], "batch_size", 6),
         (["--epoch", "3"], "num_train_epochs", 3),
         (["--random_seed", "42"], "seeds", [42]),
         (["--no_fore_test"], "methods", ["abft"]),

@@ -342,7 +342,8 @@ def test_e2e_without_logits_to_keep(toy_prompts, toy_builder, tmp_path, monkeypa
 def test_defaults_are_the_papers(tmp_path):
     args = ABFTConfig(output_dir=str(tmp_path), use_cpu=True)
     assert (args.learning_rate, args.pseudo_batch_size, args.num_train_epochs) == (2e-5, 32, 2)
-    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (8, 4)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (32, 1)
+    assert arguments(tmp_path, gradient_accumulation_steps=4).per_device_train_batch_size == 8
     assert (args.wrong_penalty, args.correct_award, args.adaption) == (0.5, 1.0, "PID")
     assert (args.pid_proportional, args.pid_integral, args.pid_derivative) == (0.03, 0.005, 0.005)
     assert (args.weight_decay, args.max_grad_norm, args.lora_r) == (0.0, 0.0, 16)
@@ -358,9 +359,12 @@ def test_defaults_are_the_papers(tmp_path):
         ({"method": "sft"}, "method must be 'abft' or 'share' or 'e2e' or 'e2e_qk', got 'sft'"),
         ({"wrong_penalty": -0.5}, "wrong_penalty must not be negative, got -0.5"),
         ({"correct_award": -1}, "correct_award must not be negative"),
-        ({"pseudo_batch_size": 30}, "pseudo_batch_size=30 is no multiple of per_device_train_batch_size=8 × 1"),
-        ({"pseudo_batch_size": 4}, "no multiple"),
-        ({"pseudo_batch_size": 0}, "must be at least 1, got 0 and 8"),
+        (
+            {"pseudo_batch_size": 30, "per_device_train_batch_size": 8},
+            "pseudo_batch_size=30 is no multiple of per_device_train_batch_size=8 × 1",
+        ),
+        ({"pseudo_batch_size": 4, "per_device_train_batch_size": 8}, "no multiple"),
+        ({"pseudo_batch_size": 0}, "must be at least 1, got 0 and 1"),
         ({"restore_callback_states_from_checkpoint": True}, "leave restore_callback_states_from_checkpoint off"),
     ],
 )
