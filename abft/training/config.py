@@ -48,7 +48,7 @@ class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # l
     lora_alpha: int = field(default=32, metadata={"help": "alpha of LoRA"})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "modules that LoRA adapts"})
 
-    per_device_train_batch_size: int | None = field(
+    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]  # None at first
         default=None, metadata={"help": "prompts at a time; None: all of a step, which tokens_per_batch divides"}
     )
     lr_scheduler_type: str = "constant"
@@ -105,21 +105,22 @@ class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # l
         Raises:
             ValueError: the pseudo-batch cannot be divided among passes and processes.
         """
-        if self.pseudo_batch_size < 1 or self.per_device_train_batch_size < 1:
+        at_once = self.per_device_train_batch_size or 0
+        if self.pseudo_batch_size < 1 or at_once < 1:
             raise ValueError(
                 "pseudo_batch_size and per_device_train_batch_size must be at least 1, got "
-                f"{self.pseudo_batch_size} and {self.per_device_train_batch_size}"
+                f"{self.pseudo_batch_size} and {at_once}"
             )
         if self.tensor_parallel_size < 1 or self.world_size % self.tensor_parallel_size:
             raise ValueError(
                 f"tensor_parallel_size={self.tensor_parallel_size} does not divide the {self.world_size} processes"
             )
         replicas = self.world_size // self.tensor_parallel_size
-        prompts_at_once = self.per_device_train_batch_size * replicas
+        prompts_at_once = at_once * replicas
         if self.pseudo_batch_size % prompts_at_once:
             raise ValueError(
                 f"pseudo_batch_size={self.pseudo_batch_size} is no multiple of per_device_train_batch_size="
-                f"{self.per_device_train_batch_size} × {replicas} processes; choose a batch size that divides it"
+                f"{at_once} × {replicas} processes; choose a batch size that divides it"
             )
         steps = self.pseudo_batch_size // prompts_at_once
         if self.gradient_accumulation_steps not in (1, steps):
