@@ -48,6 +48,11 @@ class ScaledAdapters:
         self._adapters.set_adapter(list(folders), inference_mode=True)
         self._adapters.disable_adapter_layers()
 
+    @classmethod
+    def scalable(cls, folder: str | os.PathLike[str]) -> bool:
+        """Return True for an adapter without whole modules beside it; errors as of the class."""
+        return not getattr(cls._config(folder), "modules_to_save", None)
+
     @staticmethod
     def _config(folder: str | os.PathLike[str]) -> PeftConfig:
         try:

@@ -62,12 +62,14 @@ def analyze(options: AnalyzeOptions, *of_analyses: Any) -> dict[str, Any]:
     asked = _asked_for(options, quantized)
     task, seed = _runs_to_look_at(results, options)
     folders = _weights(results, task, seed)
-    _check_needs(asked, folders, f"{options.experiment} keeps no weights of task {task!r}, seed {seed}")
+    if quantized:
+        folders = {method: folder for method, folder in folders.items() if ScaledAdapters.scalable(folder)}
 
     given = {type(item): item for item in of_analyses}
     own: dict[str, Any] = {
         row.name: None if row.options is None else given.get(row.options) or row.options() for row in asked
     }
+    _check_needs(asked, own, folders, f"{options.experiment} keeps no weights of task {task!r}, seed {seed}")
     chosen = {
         row.name: {
             "task": task,
@@ -126,13 +128,17 @@ def _weights(results: Results, task: str, seed: int) -> dict[str, Path]:
     }
 
 
-def _check_needs(asked: Sequence[Analysis], folders: dict[str, Path], no_weights: str) -> None:
+def _check_needs(asked: Sequence[Analysis], own: dict[str, Any], folders: dict[str, Path], no_weights: str) -> None:
     for row in asked:
         if row.needs_weights and not folders:
             raise ValueError(f"{no_weights}; train with them kept")
     for row in asked:
-        if not folders.keys() >= set(row.methods):
-            raise ValueError(f"{row.name} needs the weights of the methods {' and '.join(row.methods)}; train them")
+        methods = row.methods(own[row.name])
+        if not folders.keys() >= set(methods):
+            raise ValueError(
+                f"{row.name} needs the weights of the methods {' and '.join(methods)}; train them (on a 4-bit base "
+                "without the LM head: e2e_qk in place of e2e)"
+            )
 
 
 def _tasks_of(results: Results, task: str, asked: Sequence[Analysis], own: dict[str, Any]) -> list[str]:

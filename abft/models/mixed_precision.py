@@ -74,4 +74,6 @@ def computing(model: nn.Module) -> AbstractContextManager[Any]:
 
 def exactly(device: torch.device | str) -> AbstractContextManager[Any]:
     """Return a context without autocast on the device, for products that must not be rounded."""
-    return torch.autocast(torch.device(device).type, enabled=False)
+    kind = torch.device(device).type
+    # The meta device has no autocast to switch off.
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

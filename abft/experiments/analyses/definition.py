@@ -59,7 +59,7 @@ class Analysis:
         options: dataclass of its own options, each with a default.
         uses_prompts: the number of test prompts changes the result.
         needs_weights: it needs the weights of one trained run or more.
-        methods: methods whose weights it needs.
+        methods: returns the methods whose weights it needs, from its options.
         quantized: it works on a 4-bit base.
         check: raises ValueError for options that do not fit the task's prompts or the model's configuration; called
             before a model is loaded.
@@ -73,7 +73,7 @@ class Analysis:
     options: type | None = None
     uses_prompts: bool = False
     needs_weights: bool = False
-    methods: tuple[str, ...] = ()
+    methods: Callable[[Any], Sequence[str]] = lambda options: ()
     quantized: bool = True
     check: Callable[[TaskSuite, PretrainedConfig, Any], None] | None = None
     tasks: Callable[[Any], Sequence[str]] | None = None

@@ -107,7 +107,7 @@ def test_analyses_of_a_4_bit_experiment(experiment_options, tmp_path, capsys):
         experiment_options,
         output_dir=str(tmp_path),
         tasks=["topics"],
-        methods=["vanilla", "abft", "e2e"],
+        methods=["vanilla", "abft", "e2e_qk"],
         tests=["Normal"],
         seeds=[0],
         generalization=False,
@@ -122,22 +122,24 @@ def test_analyses_of_a_4_bit_experiment(experiment_options, tmp_path, capsys):
     Experiment(options).run()
     found = analyze(
         AnalyzeOptions(experiment=str(tmp_path), prompts=12, quiet=True),
-        ConnectivityOptions(plane_lowest=0, plane_highest=1, plane_steps=2),
+        ConnectivityOptions(plane_lowest=0, plane_highest=1, plane_steps=2, plane_methods=["e2e_qk", "abft"]),
         InductionOptions(tokens=64),
         MomentumOptions(etas=[0.1]),
     )
     assert set(found) == {"connectivity", "last_row", "induction", "momentum"}
     tested = {}
-    for name in ("vanilla-topics", "abft-topics-n16-seed0", "e2e-topics-n16-seed0"):
+    for name in ("vanilla-topics", "abft-topics-n16-seed0", "e2e_qk-topics-n16-seed0"):
         normal = read_run(tmp_path / "runs" / name).tests["topics"]["Normal"]
         assert normal["n"] == 12
         tested[name.partition("-")[0]] = normal
     plane = found["connectivity"]
     assert plane["accuracy"][0][0] == tested["vanilla"]["accuracy"]
     assert plane["accuracy"][0][1] == tested["abft"]["accuracy"]
-    assert plane["accuracy"][1][0] == tested["e2e"]["accuracy"]
+    assert plane["accuracy"][1][0] == tested["e2e_qk"]["accuracy"]
     assert len({plane["loss"][i][j] for i in (0, 1) for j in (0, 1)}) == 4  # four different models
     assert found["induction"]["vanilla"] != found["induction"]["abft"]
     assert main(["analyze", "--experiment", str(tmp_path), "--parts", "distance"]) == 2
     assert "ask for --parts connectivity last_row induction momentum" in capsys.readouterr().err
     assert set(json.loads((tmp_path / "analysis.json").read_text())["parts"]) == set(found)
+    assert main(["analyze", "--experiment", str(tmp_path), "--parts", "connectivity"]) == 2
+    assert "e2e_qk in place of e2e" in capsys.readouterr().err

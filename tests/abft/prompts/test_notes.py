@@ -13,8 +13,8 @@ from abft.prompts.tasks import Task
 def tokenizer():
     """Bytes, and one word that is a token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["<unk>", "<pad>", *alphabet, "Ġb", "ad", "Ġbad"]
-    merges = [("Ġ", "b"), ("a", "d"), ("Ġb", "ad")]
+    words = ["<unk>", "<pad>", *alphabet, "Ġb", "ad", "Ġbad", "Ġad"]
+    merges = [("Ġ", "b"), ("a", "d"), ("Ġb", "ad"), ("Ġ", "ad")]
     plain = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, merges, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", pad_token="<pad>")
