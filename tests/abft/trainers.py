@@ -18,6 +18,7 @@ def arguments(folder, **changes: Any) -> ABFTConfig:
     options: dict[str, Any] = dict(
         output_dir=str(folder),
         learning_rate=1e-3,
+        per_device_train_batch_size=8,  # several passes a step
         use_cpu=True,
         disable_tqdm=True,
         save_strategy="no",

@@ -139,7 +139,9 @@ def test_lost_heads_are_named(tmp_path):
     for seed, counts in enumerate(([8.0, 5.0, 3.9], [8.0, 2.0, 4.1])):
         path = folder / "runs" / f"abft-a-n512-seed{seed}" / "run.json"
         content = json.loads(path.read_text())
-        content["training"]["history"] = [{"loss": 1.0, "induction_heads": count} for count in counts]
+        content["training"]["history"] = [
+            {"step": step, "loss": 1.0, "induction_heads": count} for step, count in enumerate(counts, 1)
+        ]
         path.write_text(json.dumps(content))
     assert Results(folder).head_losses() == {"abft-a-n512-seed0": (8.0, 3.9)}
     write_report([folder], folder / "report.html")
@@ -360,7 +362,7 @@ def test_needs_of_analyses_are_checked(analysed, tmp_path):
     shutil.copytree(analysed, folder)
     (folder / "analysis.json").unlink()
     shutil.rmtree(folder / "runs" / RunKey("e2e", "topics", 32, 0).folder / "weights")
-    with pytest.raises(ValueError, match="connectivity needs the weights of the methods abft and e2e"):
+    with pytest.raises(ValueError, match="connectivity needs the weights of the methods e2e and abft"):
         analyze(AnalyzeOptions(experiment=str(folder), quiet=True))
     assert not (folder / "analysis.json").exists()
 

@@ -343,7 +343,8 @@ def test_defaults_are_the_papers(tmp_path):
     args = ABFTConfig(output_dir=str(tmp_path), use_cpu=True)
     assert (args.learning_rate, args.pseudo_batch_size, args.num_train_epochs) == (2e-5, 32, 2)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (32, 1)
-    assert arguments(tmp_path, gradient_accumulation_steps=4).per_device_train_batch_size == 8
+    accumulating = ABFTConfig(output_dir=str(tmp_path), use_cpu=True, gradient_accumulation_steps=4)
+    assert accumulating.per_device_train_batch_size == 8
     assert (args.wrong_penalty, args.correct_award, args.adaption) == (0.5, 1.0, "PID")
     assert (args.pid_proportional, args.pid_integral, args.pid_derivative) == (0.03, 0.005, 0.005)
     assert (args.weight_decay, args.max_grad_norm, args.lora_r) == (0.0, 0.0, 16)
@@ -364,7 +365,7 @@ def test_defaults_are_the_papers(tmp_path):
             "pseudo_batch_size=30 is no multiple of per_device_train_batch_size=8 × 1",
         ),
         ({"pseudo_batch_size": 4, "per_device_train_batch_size": 8}, "no multiple"),
-        ({"pseudo_batch_size": 0}, "must be at least 1, got 0 and 1"),
+        ({"pseudo_batch_size": 0}, "must be at least 1, got 0 and 8"),
         ({"restore_callback_states_from_checkpoint": True}, "leave restore_callback_states_from_checkpoint off"),
     ],
 )
