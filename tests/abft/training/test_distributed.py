@@ -36,6 +36,7 @@ RUNS: dict[str, tuple[str, dict]] = {
     "fused": ("gpt2", {}),
     "e2e": ("llama", {"method": "e2e"}),
     "packed": ("llama", {"packing": True, "tokens_per_batch": 120, "per_device_train_batch_size": 16}),
+    "whole_step": ("llama", {"per_device_train_batch_size": None}),
     "restricted": ("llama", {"restricted_gradient": True}),
     "lora": ("llama", {"lora": True}),
     "tensor_parallel": ("llama", {"tensor_parallel_size": 2}),
@@ -67,8 +68,9 @@ def folder(toy_prompts, toy_builder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     torch.save(toy_prompts, folder / "prompts.pt")
     shared = dict(
-        learning_rate=1e-3, use_cpu=True, disable_tqdm=True, save_strategy="no", num_train_epochs=2, ddp_backend="gloo"
-    )
+        learning_rate=1e-3, use_cpu=True, disable_tqdm=True, save_strategy="no", num_train_epochs=2, ddp_backend="gloo",
+        per_device_train_batch_size=8,
+    )  # fmt: skip
     runs = []
     for name, (kind, options) in RUNS.items():
         options = dict(options)
@@ -89,7 +91,9 @@ def test_two_processes_equal_one(name, folder, toy_prompts, toy_builder, tmp_pat
     one = trained(tiny(kind, spread=0.7), toy_prompts, toy_builder, tmp_path, num_train_epochs=2, **alone)
     two = torch.load(folder / f"{name}.pt")
     assert two["world"] == 2
-    assert two["steps"] == (1 if "packing" in options else 4 if "tensor_parallel_size" in options else 2)
+    assert two["steps"] == (
+        1 if "per_device_train_batch_size" in options else 4 if "tensor_parallel_size" in options else 2
+    )
     split = "fsdp" in options or "tensor_parallel_size" in options
     assert (two["sharded"] > 0) == split
     entries = [entry for entry in one.state.log_history if "loss" in entry]
