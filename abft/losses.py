@@ -10,8 +10,8 @@ correct labels I⁺ and m⁻ on the wrong ones I⁻:
     L = −log(m⁺ / S)           likewise, if I⁺ is not empty                  (the share, `share_loss`)
 
 The first falls when a head looks away from all labels, wherever A·m⁻ outweighs B·m⁺, and always if I⁺ is empty. The
-share cannot: with scores s_j of the row, m⁺ / S = Σ_{I⁺} e^{s_j} / Σ_I e^{s_j} holds the scores of labels alone, so its
-gradient with respect to the score of any other key is 0, and over the labels it sums to 0:
+share's gradient never asks for that: with scores s_j of the row, m⁺ / S = Σ_{I⁺} e^{s_j} / Σ_I e^{s_j} holds the
+scores of labels alone, so its gradient with respect to the score of any other key is 0, and over the labels it sums to 0:
 
     ∂L/∂s_j = P_j/S − [j ∈ I⁺]·P_j/m⁺   for j ∈ I,   0 elsewhere
 
@@ -229,8 +229,8 @@ class HeadCountController:
     `adaption="P"` keeps the first term alone, `"none"` keeps A fixed. The count of step t is known once its loss
     is computed, so A_t is used from step t + 1 on. The state is plain data: save it with :meth:`state_dict`.
 
-    The gains are those of models with tens of induction heads: a model with three changes A by a tenth as much. With
-    `relative` the counts enter as shares of the first one, n̄_t / n̄_1, and the gains do not depend on the model.
+    A moves in proportion to the number of heads: a model with a tenth of them moves it by a tenth. With `relative` the
+    counts enter as shares of the first one, n̄_t / n̄_1, and the gains do not depend on that number.
 
     Raises:
         ValueError: an unknown adaption, or a negative A.

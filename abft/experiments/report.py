@@ -158,7 +158,7 @@ def _fallen_heads(results: Results) -> str:
     if not fallen:
         return ""
     runs = ", ".join(f"{name} ({first:.1f} → {last:.1f})" for name, (first, last) in fallen.items())
-    return f" Induction heads per prompt fell below half of their first number in {len(fallen)} runs: {runs}."
+    return f" Induction heads per prompt fell below half of their first number in: {runs}."
 
 
 def _part(results: Results, title: str) -> _Part:

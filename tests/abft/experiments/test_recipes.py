@@ -8,9 +8,12 @@ from abft.cli.main import main
 from abft.evaluation.suites import check_tests
 from abft.experiments.analyze import PARTS
 from abft.experiments.experiment import ExperimentOptions
+from abft.experiments.figures import all_figures
 from abft.experiments.grid import parse_grid
 from abft.experiments.methods import resolve_methods
 from abft.experiments.recipes import RECIPES, find_recipes, options_of, recipe_table
+from abft.experiments.report_tables import experiment_tables
+from abft.experiments.results import Results
 
 GIVEN = ExperimentOptions(model="demo", output_dir="runs", data="demo", k=8)
 
@@ -24,6 +27,15 @@ def test_its_options_are_those_of_an_experiment(recipe):
     assert set(recipe.parts) <= set(PARTS)
     assert recipe.shows
     assert recipe.needs
+
+
+def test_what_it_shows_is_in_the_report(experiment_folder):
+    """Tables and figures of an experiment with every test; a grid and several sizes have tests of their own."""
+    results = Results(experiment_folder)
+    tables = {table.name.removeprefix(f"{results.folder.name}-") for table in experiment_tables(results)}
+    there = {*tables, *all_figures(results), *PARTS, "grid", "data-efficiency"}
+    for recipe in RECIPES.values():
+        assert set(recipe.shows) <= there, recipe.name
 
 
 def test_what_the_user_gives_wins():
