@@ -11,7 +11,7 @@ correct labels I⁺ and m⁻ on the wrong ones I⁻:
 
 The first falls when a head looks away from all labels, wherever A·m⁻ outweighs B·m⁺, and always if I⁺ is empty. The
 share's gradient never asks for that: with scores s_j of the row, m⁺ / S = Σ_{I⁺} e^{s_j} / Σ_I e^{s_j} holds the
-scores of labels alone, so its gradient with respect to the score of any other key is 0, and over the labels it sums to 0:
+scores of labels alone. Its gradient with respect to the score of any other key is 0, and over the labels it sums to 0:
 
     ∂L/∂s_j = P_j/S − [j ∈ I⁺]·P_j/m⁺   for j ∈ I,   0 elsewhere
 

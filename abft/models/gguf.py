@@ -31,7 +31,12 @@ _MAGIC = b"GGUF"
 
 def is_gguf(model: str | os.PathLike[str]) -> bool:
     """Return True if the name of a model stands for a GGUF file."""
-    return str(model) == SMOLLM2 or str(model).lower().endswith(".gguf")
+    return _is_smollm2(model) or str(model).lower().endswith(".gguf")
+
+
+def _is_smollm2(model: str | os.PathLike[str]) -> bool:
+    """Return True for the name, unless it is a folder of the user's own."""
+    return str(model) == SMOLLM2 and not Path(model).is_dir()
 
 
 def model_folder(model: str | os.PathLike[str]) -> str:
@@ -52,12 +57,12 @@ def model_folder(model: str | os.PathLike[str]) -> str:
     path = _file_of(str(model))
     folder = _cache() / _key(path)
     if not (folder / "config.json").is_file():
-        _check(path)
-        if str(model) == SMOLLM2:
+        types = _tensor_types(path)
+        if _is_smollm2(model):
             _check_sum(path, _SMOLLM2_SHA256)
         try:
             with whole(folder) as temporary:
-                _unpack(path, temporary)
+                _unpack(path, temporary, "float32" if types == {"F32"} else "bfloat16")
         except OSError:
             if not (folder / "config.json").is_file():  # else another process was quicker
                 raise
@@ -72,7 +77,7 @@ def read_gguf_config(model: str | os.PathLike[str]) -> Any:
     folder = _cache() / _key(path)
     if (folder / "config.json").is_file():
         return AutoConfig.from_pretrained(folder)
-    _check(path)
+    _tensor_types(path)
     with _named(path):
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
 
@@ -113,8 +118,8 @@ def _key(path: Path) -> str:
     return f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
-def _check(path: Path) -> None:
-    """Raise ValueError unless the file can be read to its end.
+def _tensor_types(path: Path) -> set[str]:
+    """Return the types of the file's tensors; raise ValueError unless it can be read to its end.
 
     The last tensor must lie inside of the file: a download that was cut off would fail late, or give zeros.
     """
@@ -132,6 +137,7 @@ def _check(path: Path) -> None:
         raise ValueError(f"{path} is cut off or damaged ({error}); download it again") from error
     if not reader.tensors or end > path.stat().st_size:
         raise ValueError(f"{path} is cut off: it has {path.stat().st_size:,} of {end:,} bytes; download it again")
+    return {tensor.tensor_type.name for tensor in reader.tensors}
 
 
 def _check_sum(path: Path, expected: str) -> None:
@@ -152,13 +158,11 @@ def _named(path: Path) -> Iterator[None]:
         raise ValueError(f"transformers cannot read {path}: {error}; convert it to a model folder first") from error
 
 
-def _unpack(path: Path, folder: Path) -> None:
+def _unpack(path: Path, folder: Path, dtype: str) -> None:
     """Write the model and its tokenizer as an ordinary folder."""
-    import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtype = torch.float32 if _is_float32(path) else torch.bfloat16
     # Newer releases of transformers keep weights packed unless told otherwise.
     unpacking = getattr(transformers, "GgufConfig", None)
     more = {} if unpacking is None else {"quantization_config": unpacking(dequantize=True)}
@@ -170,9 +174,3 @@ def _unpack(path: Path, folder: Path) -> None:
     vars(model).pop("hf_quantizer", None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _is_float32(path: Path) -> bool:
-    from gguf import GGMLQuantizationType, GGUFReader
-
-    return {tensor.tensor_type for tensor in GGUFReader(path).tensors} == {GGMLQuantizationType.F32}

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -152,6 +153,15 @@ def experiment_options(tmp_path_factory) -> ExperimentOptions:
         output_dir=str(tmp_path_factory.mktemp("experiments") / "small"),
         quiet=True,
     )
+
+
+@pytest.fixture(scope="session")
+def one_task_options(experiment_options) -> ExperimentOptions:
+    """One task, one seed, one test, 16 prompts in steps of 8."""
+    return replace(
+        experiment_options, tasks=["topics"], tests=["Normal"], seeds=[0], generalization=False, num_prompts=[16],
+        pseudo_batch_size=8, batch_size=8,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -5,31 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
+from tiny_models import tiny
 from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 WORDS = ["th", "ex"]
 MERGES = ["t h", "e x"]
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    """Return a random Llama of two layers and 300 tokens; its weights are exact in bfloat16."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config).bfloat16().float().eval()
+def tiny_llama() -> PreTrainedModel:
+    """Return a random Llama with room for a byte-level vocabulary; its weights are exact in bfloat16."""
+    return tiny("llama", vocab_size=300, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False).bfloat16().float()
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
@@ -37,7 +24,7 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def _tensors(model: LlamaForCausalLM) -> dict[str, Tensor]:
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     config, weights = model.config, model.state_dict()
     named = {
         "token_embd": weights["model.embed_tokens.weight"],
@@ -63,7 +50,7 @@ def _tensors(model: LlamaForCausalLM) -> dict[str, Tensor]:
     return {f"{name}.weight": tensor for name, tensor in named.items()}
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, *, half: bool = True, architecture: str = "llama") -> Path:
+def write_gguf(path: Path, model: PreTrainedModel, *, half: bool = True, architecture: str = "llama") -> Path:
     """Write the model with a byte-level tokenizer; `half` stores matrices in float16."""
     import gguf
 

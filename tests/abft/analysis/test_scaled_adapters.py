@@ -101,19 +101,12 @@ def test_what_has_no_scale_is_refused(base_folder, folders, tmp_path):
         pass
 
 
-def test_analyses_of_a_4_bit_experiment(experiment_options, tmp_path, capsys):
+def test_analyses_of_a_4_bit_experiment(one_task_options, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     options = replace(
-        experiment_options,
+        one_task_options,
         output_dir=str(tmp_path),
-        tasks=["topics"],
         methods=["vanilla", "abft", "e2e_qk"],
-        tests=["Normal"],
-        seeds=[0],
-        generalization=False,
-        num_prompts=[16],
-        pseudo_batch_size=8,
-        batch_size=8,
         lora=True,
         learning_rate=2e-2,
         load_in_4bit=True,

@@ -60,19 +60,12 @@ def test_folders_of_points_differ():
 
 
 @pytest.fixture(scope="module")
-def grid_options(experiment_options, tmp_path_factory):
+def grid_options(one_task_options, tmp_path_factory):
     return replace(
-        experiment_options,
+        one_task_options,
         output_dir=str(tmp_path_factory.mktemp("grid") / "run"),
-        tasks=["topics"],
         methods=["vanilla", "abft"],
         grid=["wrong_penalty=0,0.5", "adaption=PID,none"],
-        tests=["Normal"],
-        seeds=[0],
-        generalization=False,
-        num_prompts=[16],
-        pseudo_batch_size=8,
-        batch_size=8,
         num_train_epochs=2,
     )
 

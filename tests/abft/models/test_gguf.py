@@ -40,6 +40,13 @@ def test_names():
     assert model_folder("a/b") == "a/b"
 
 
+def test_a_folder_of_that_name_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    assert not is_gguf("smollm2")
+    assert model_folder("smollm2") == "smollm2"
+
+
 def test_unpacked_equals_what_was_written(file):
     want = tiny_llama()
     model = load_base(str(file), dtype="float32").eval()
@@ -92,7 +99,9 @@ def test_trained_weights_name_the_file(file, tmp_path):
 
 def test_plan_reads_the_configuration_alone(file, cache):
     config = load_config(str(file))
-    assert (config.num_hidden_layers, config.num_key_value_heads, config.hidden_size) == (2, 2, 64)
+    want = tiny_llama().config
+    for name in ("num_hidden_layers", "num_key_value_heads", "hidden_size", "max_position_embeddings"):
+        assert getattr(config, name) == getattr(want, name), name
     assert plan(str(file), context=64).parts["weights"] > 0
     assert not cache.exists()
     model_folder(file)
@@ -175,7 +184,7 @@ def test_smollm2_without_its_package(monkeypatch):
 
 
 def test_an_unpacked_folder_is_whole_or_absent(file, cache, monkeypatch):
-    def fail(path, folder):
+    def fail(path, folder, dtype):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         raise RuntimeError("killed")
