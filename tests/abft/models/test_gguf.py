@@ -79,7 +79,7 @@ def test_a_changed_file_is_unpacked_anew(file):
 
 def test_a_file_of_float32_stays_float32(tmp_path):
     path = write_gguf(tmp_path / "whole.gguf", tiny_llama(), half=False)
-    assert load_base(str(path)).dtype == torch.float32
+    assert AutoModelForCausalLM.from_pretrained(model_folder(path)).dtype == torch.float32
 
 
 def test_trained_weights_name_the_file(file, tmp_path):
