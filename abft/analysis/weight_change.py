@@ -23,16 +23,16 @@ from abft.prompts.builder import PromptSet
 __all__ = ["mode_connectivity", "moved", "trained_difference", "weight_shift"]
 
 
-def _trained_parts(model: PreTrainedModel, head: bool) -> dict[str, Tensor]:
-    """Return W_Q, W_K and, if asked for, the LM head by name, as views of the model's own parameters."""
-    items = find_qk(model) + (find_head(model) if head else [])
-    return {item.name: item.view(model.get_parameter(item.name).detach()) for item in items}
+def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return all parameters by name, those of the LM head by their own even if they are tied."""
+    head = {item.name: model.get_parameter(item.name) for item in find_head(model)}
+    return {name: tensor.detach() for name, tensor in {**dict(model.named_parameters()), **head}.items()}
 
 
 def trained_difference(base: PreTrainedModel, folder: str | os.PathLike[str], **loading: Any) -> dict[str, Tensor]:
-    """Return what training added to W_Q, W_K and the LM head: name → difference, in the base's shapes, fp32.
+    """Return what training added to the parameters: name → difference, in the base's shapes, fp32.
 
-    The tensors lie on the base's device. The head is left out where training did not move it.
+    The tensors lie on the base's device. W_Q and W_K are always there, others only where training moved them.
 
     Args:
         base: the model that was trained, on the `"abft"` attention; not quantized.
@@ -45,10 +45,13 @@ def trained_difference(base: PreTrainedModel, folder: str | os.PathLike[str], **
     trained = from_pretrained(folder, base.config.name_or_path, **loading)
     if isinstance(trained, PeftModel):
         trained = trained.merge_and_unload()
-    before, after = _trained_parts(base, head=True), _trained_parts(trained, head=True)
-    found = {name: after[name].to(tensor.device, torch.float32) - tensor.float() for name, tensor in before.items()}
-    head = {item.name for item in find_head(base)}
-    return {name: tensor for name, tensor in found.items() if name not in head or tensor.any()}
+    after, projections = _parameters(trained), {item.name for item in find_qk(base)}
+    found = {}
+    for name, before in _parameters(base).items():
+        difference = after[name].to(before.device, torch.float32) - before.float()
+        if name in projections or difference.any():
+            found[name] = difference
+    return found
 
 
 def weight_shift(base: PreTrainedModel, difference: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -61,19 +64,12 @@ def weight_shift(base: PreTrainedModel, difference: Mapping[str, Tensor]) -> dic
     Returns:
         `q` and `k`, ‖ΔW_Q‖ and ‖ΔW_K‖ (arXiv 2505.14233, appendix B), and `relative`, ‖ΔW‖ / ‖W‖ over both.
     """
-    whole = {item.name: item for item in find_qk(base)}
-
-    def changed(part: str) -> dict[str, Tensor]:
-        """Return the change of W_Q or of W_K alone, by the names of their parameters."""
-        found = {}
-        for item in find_parts(base, (part,)):
-            full = torch.zeros_like(base.get_parameter(item.name), dtype=torch.float32)
-            whole[item.name].view(full).copy_(difference[item.name])
-            found[item.name] = item.view(full)
-        return found
-
-    q, k = (_norm_by_layer(changed(part)) for part in ("q", "k"))
-    return {"q": q, "k": k, "relative": (q.square() + k.square()).sqrt() / _norm_by_layer(_trained_parts(base, False))}
+    q, k = (
+        _norm_by_layer({item.name: item.view(difference[item.name]) for item in find_parts(base, (part,))})
+        for part in ("q", "k")
+    )
+    whole = {item.name: item.view(base.get_parameter(item.name).detach()) for item in find_qk(base)}
+    return {"q": q, "k": k, "relative": (q.square() + k.square()).sqrt() / _norm_by_layer(whole)}
 
 
 def _norm_by_layer(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -95,10 +91,9 @@ def moved(
     embeddings, for good.
     """
     names = set().union(*differences)
-    head = any(item.name in names for item in find_head(model))
-    if head:
+    if any(item.name in names for item in find_head(model)):
         untie_head(model)
-    parts = {name: tensor for name, tensor in _trained_parts(model, head).items() if name in names}
+    parts = {name: tensor for name, tensor in _parameters(model).items() if name in names}
     originals = {name: tensor.clone() for name, tensor in parts.items()}
     try:
         for name, tensor in parts.items():

@@ -24,6 +24,7 @@ __all__ = ["PARTS", "AnalyzeOptions", "analyze"]
 
 PARTS = tuple(row.name for row in registry.ANALYSES)
 """Names of the analyses."""
+ON_DEMAND = tuple(row.name for row in registry.ANALYSES if row.on_demand)
 
 
 @dataclass(kw_only=True)
@@ -33,7 +34,10 @@ class AnalyzeOptions:
     experiment: str = field(metadata={"help": "folder that `abft experiment` wrote, with its weights kept"})
     parts: list[str] = field(
         default_factory=list,
-        metadata={"help": f"some of {', '.join(PARTS)}; default: all, or with a 4-bit base all that it allows"},
+        metadata={
+            "help": f"some of {', '.join(PARTS)}; default: all but {', '.join(ON_DEMAND)}, or with a 4-bit base "
+            "all of these that it allows"
+        },
     )
     task: str | None = field(default=None, metadata={"help": "task of the runs to look at; default: the first"})
     seed: int | None = field(default=None, metadata={"help": "training seed of these runs; default: the first"})
@@ -107,7 +111,7 @@ def _asked_for(options: AnalyzeOptions, quantized: bool) -> list[Analysis]:
             f"{refused[0]} changes or measures weights that a 4-bit base has rounded; analyse a run in full "
             f"precision, or ask for --parts {' '.join(allowed)}"
         )
-    return [allowed[part] for part in options.parts or allowed]
+    return [allowed[part] for part in options.parts or [name for name, row in allowed.items() if not row.on_demand]]
 
 
 def _runs_to_look_at(results: Results, options: AnalyzeOptions) -> tuple[str, int]:

@@ -16,7 +16,7 @@ __all__ = ["write_card"]
 
 _TEXT = """# {title} on {task}
 
-{what} of `{base}`, trained with {title} on {num_prompts} in-context-learning prompts of {task}
+{what} of `{base}`, trained with {title} on {num_prompts} in-context-learning prompts of {source}
 (k = {k}, seed {seed}). Attention Behavior Fine-Tuning: [arXiv 2505.14233](https://arxiv.org/abs/2505.14233).
 
 {table}
@@ -29,6 +29,9 @@ model = abft.from_pretrained("path/to/this/folder", "{base}")
 
 Made by `{command}` with abft {version}, {date}.
 """
+
+
+_WHAT = {"qk": "W_Q and W_K", "qk_head": "W_Q and W_K, and the LM head", "model": "All parameters"}
 
 
 def write_card(folder: Path, run: Run, base: str) -> None:
@@ -47,7 +50,7 @@ def write_card(folder: Path, run: Run, base: str) -> None:
         metrics = (f"{found[name]:.3f}" for name in ("macro_f1", "true_label_likelihood", "ece"))
         lines.append(f"| {task} | {100 * found['accuracy']:.1f} % | {' | '.join(metrics)} | {found['n']} |")
     method = METHODS[run.key.method]
-    title, head = method.title, objective_of((method.options or {}).get("method", DEFAULT)).trains_head
+    title, scope = method.title, objective_of((method.options or {}).get("method", DEFAULT)).trains
     results = [
         EvalResult(
             task_type="text-classification",
@@ -71,7 +74,8 @@ def write_card(folder: Path, run: Run, base: str) -> None:
     text = _TEXT.format(
         title=title,
         task=run.key.task,
-        what=("LoRA adapters on W_Q and W_K" if lora else "W_Q and W_K") + (", and the LM head" if head else ""),
+        source=f"the other tasks than {run.key.task}" if method.other_tasks else run.key.task,
+        what=("LoRA adapters on " if lora else "") + _WHAT[scope],
         base=name,
         num_prompts=run.key.num_prompts,
         k=run.settings["k"],

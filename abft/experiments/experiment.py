@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from abft.models.loading import (
 )
 from abft.models.model_options import MODEL_HELP, ModelOptions
 from abft.models.weights import from_pretrained
-from abft.prompts.builder import PromptSet, sample_prompts
+from abft.prompts.builder import Prompt, PromptSet, sample_prompts
 from abft.prompts.notes import prompt_notes
 from abft.prompts.tasks import get_task
 from abft.provenance import peak_memory, provenance, reset_peak_memory
@@ -166,12 +167,16 @@ class Experiment:
             for point in self.points[method.name]:
                 self._config(method, Path(options.output_dir), 0, point)
         self.data = {data.task.name: data for data in self._task_data()}
+        if len(self.data) < 2 and (wide := [method.name for method in trained if method.other_tasks]):
+            raise ValueError(f"{wide[0]} trains on the other tasks; name two tasks or more")
         for data in self.data.values():
             _check_pools(data, options, trains=bool(trained))
         self.suites = self._suites()
         self.keys = self._run_keys()
-        for key in {(key.task, key.num_prompts, key.seed): key for key in self.keys if key.num_prompts}.values():
-            self._training_prompts(key)
+        for task, n, seed in dict.fromkeys(
+            (key.task, key.num_prompts, key.seed) for key in self.keys if key.num_prompts
+        ):
+            self._drawn(task, n, seed)
         own = {name: value for name, value in asdict(options).items() if name not in _NOT_SETTINGS}
         self.settings = {**own, "protocol": PROTOCOL}
         self.output = check_writable(options.output_dir)
@@ -256,7 +261,7 @@ class Experiment:
         calibrated = untrained and any(method.name == "calibration" for method in self.methods)
         own = self.options.tests + ([CALIBRATION] if calibrated else [])
         wanted = {key.task: own}
-        if self.options.generalization and not untrained:
+        if self.options.generalization and not untrained and not METHODS[key.method].other_tasks:
             wanted = {task: own if task == key.task else ["Normal"] for task in self.data}
         return wanted
 
@@ -271,6 +276,12 @@ class Experiment:
             raise ValueError(
                 f"{self.output / 'runs' / key.folder} was made with {what}={then.get(what, found.key)!r}, now it is "
                 f"{self.settings.get(what, key)!r}; choose another --output_dir"
+            )
+        sources = self._sources(key)
+        if found.training is not None and (then_on := found.training.get("tasks", [key.task])) != sources:
+            raise ValueError(
+                f"{self.output / 'runs' / key.folder} was trained on {', '.join(then_on)}, now it would be on "
+                f"{', '.join(sources)}; choose another --output_dir"
             )
         return found
 
@@ -376,10 +387,28 @@ class Experiment:
             **{**shared, **(method.options or {}), **changes_of(point)},
         )
 
-    def _training_prompts(self, key: RunKey) -> PromptSet:
-        train = self.data[key.task].train
-        queries = random.Random(key.seed).sample(train, key.num_prompts)
-        return sample_prompts(self.suites[key.task].builder, queries, train, self.options.k, key.seed)
+    def _training_prompts(self, key: RunKey) -> Sequence[Prompt]:
+        """Return the prompts of the run, as many of each of its tasks."""
+        sources = self._sources(key)
+        if sources == [key.task]:
+            return self._drawn(key.task, key.num_prompts, key.seed)
+        each, more = divmod(key.num_prompts, len(sources))
+        numbers = [each + (index < more) for index in range(len(sources))]
+        return [
+            prompt
+            for name, number in zip(sources, numbers, strict=True)
+            for prompt in self._drawn(name, number, key.seed)
+        ]
+
+    def _sources(self, key: RunKey) -> list[str]:
+        """Return the tasks that the run trains on."""
+        other = METHODS[key.method].other_tasks
+        return [name for name in self.data if name != key.task] if other else [key.task]
+
+    def _drawn(self, task: str, number: int, seed: int) -> PromptSet:
+        train = self.data[task].train
+        queries = random.Random(seed).sample(train, number)
+        return sample_prompts(self.suites[task].builder, queries, train, self.options.k, seed)
 
     def _train(self, key: RunKey, folder: Path, label: str) -> tuple[Any, dict[str, Any]]:
         """Return the trained model, its weights saved, and a record of the training."""
@@ -398,6 +427,7 @@ class Experiment:
             "trained_parameters": done.trainer.trained_parameters(),
             "resumed": done.checkpoint is not None,
             "steps": done.trainer.state.global_step,
+            "tasks": self._sources(key),
             "peak_memory_bytes": peak_memory(),
             "history": done.history,
         }

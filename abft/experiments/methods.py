@@ -17,11 +17,13 @@ class Method:
         name: as given on the command line.
         title: as shown.
         options: fields of `ABFTConfig` that make it differ from ABFT; None for a method without training.
+        other_tasks: trains on prompts of all tasks but the one that it is tested on.
     """
 
     name: str
     title: str
     options: dict[str, Any] | None = field(default_factory=dict)
+    other_tasks: bool = False
 
     @property
     def trained(self) -> bool:
@@ -38,6 +40,7 @@ METHODS = {
         Method("share", "ABFT, share loss", {"method": "share"}),
         Method("e2e", "E2E", {"method": "e2e", "restricted_gradient": False}),
         Method("e2e_qk", "E2E on W_Q and W_K", {"method": "e2e_qk", "restricted_gradient": False}),
+        Method("metaicl", "MetaICL", {"method": "metaicl", "restricted_gradient": False}, other_tasks=True),
         Method("no_pid", "ABFT without PID", {"adaption": "none"}),
         Method("no_pid_no_filter", "ABFT without PID and filter", {"adaption": "none", "head_filter": False}),
         # Without PID, as in Table 4: it would move A away from 0, and has no antagonist without B.

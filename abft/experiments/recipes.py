@@ -98,6 +98,13 @@ RECIPES = {
             {"methods": _COMPARED, "tests": ["Normal", "Unseen"]},
             shows=("robustness", "label-attention"),
         ),
+        Recipe(
+            "fig9",
+            "accuracy over the plane of ABFT and MetaICL",
+            {"methods": ["vanilla", "abft", "metaicl"]},
+            ("connectivity_metaicl",),
+            ("connectivity_metaicl",),
+        ),
         Recipe("appendix_b", "shift of W_Q and W_K by layer", {"methods": _COMPARED}, ("distance",), ("distance",)),
         Recipe(
             "robustness",

@@ -29,7 +29,7 @@ def float32_masters(model: nn.Module, trained: Sequence[TrainedParameter], devic
 
     Args:
         model: a transformers model.
-        trained: W_Q and W_K, as :func:`abft.models.projections.train_qk` returns them.
+        trained: W_Q and W_K, as :func:`abft.models.projections.train_parameters` returns them.
         device: device that the training runs on.
 
     Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,18 +19,24 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "Projection",
+    "Scope",
     "TrainedParameter",
     "attention_modules",
     "find_head",
     "find_kv",
     "find_parts",
     "find_qk",
+    "find_trained",
     "first_projections",
     "head_in_float32",
     "lora_qk",
-    "train_qk",
+    "train_parameters",
     "untie_head",
 ]
+
+
+Scope: TypeAlias = Literal["qk", "qk_head", "model"]
+"""What is trained: W_Q and W_K, these and the LM head, or all parameters."""
 
 
 @dataclass(frozen=True)
@@ -330,25 +336,36 @@ def _in_dtype_of_weight(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Ten
     return tuple(hidden.to(module.weight.dtype) for hidden in arguments)
 
 
-def train_qk(model: PreTrainedModel, *, head: bool = False) -> list[TrainedParameter]:
-    """Make W_Q and W_K the only parameters that require a gradient; return them.
+def find_trained(model: PreTrainedModel, scope: Scope) -> list[TrainedParameter]:
+    """Return the parameters of a scope: W_Q and W_K, these and the LM head, or all.
+
+    Raises:
+        ValueError: projections of an unknown form, or no LM head.
+    """
+    if scope == "model":
+        return [TrainedParameter(name) for name, _ in model.named_parameters()]
+    return find_qk(model) + (find_head(model) if scope == "qk_head" else [])
+
+
+def train_parameters(model: PreTrainedModel, scope: Scope = "qk") -> list[TrainedParameter]:
+    """Make W_Q and W_K, or the parameters of another scope, the only ones that require a gradient; return them.
 
     In a fused projection the gradient of the value part is zeroed as it arrives, so that part does not move under
-    any optimizer without weight decay.
+    any optimizer without weight decay. With the scope `"qk_head"` the LM head is untied from the input embeddings.
 
     Args:
         model: a causal decoder.
-        head: train the LM head too, untied from the input embeddings.
+        scope: as for :func:`find_trained`.
 
     Raises:
         ValueError: projections of an unknown form, quantized ones, or no LM head.
     """
-    trained = find_qk(model) + (find_head(model) if head else [])
+    trained = find_trained(model, scope)
     for item in trained:
         if not (parameter := model.get_parameter(item.name)).is_floating_point():
             raise ValueError(f"{item.name} is quantized to {parameter.dtype}; train it with LoRA (lora=True)")
     model.requires_grad_(False)
-    if head:
+    if scope == "qk_head":
         untie_head(model)
     parameters = dict(model.named_parameters())
     for item in trained:

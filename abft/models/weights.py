@@ -1,4 +1,4 @@
-"""Save and load what was trained, and nothing else: W_Q, W_K and a trained LM head as safetensors, or a PEFT adapter.
+"""Save and load what was trained, and nothing else: W_Q, W_K and more as safetensors, or a PEFT adapter.
 
 save_trained(model, trained, folder)          # qk_weights.safetensors + abft_config.json
 model = from_pretrained(folder)               # the base it names, with the weights on it
@@ -23,7 +23,15 @@ from transformers import PreTrainedModel
 import abft.models.attention as _adapter
 from abft.files import whole, write_json
 from abft.models.loading import load_causal_lm, load_tokenizer
-from abft.models.projections import TrainedParameter, find_head, find_qk, head_in_float32, untie_head
+from abft.models.projections import (
+    Scope,
+    TrainedParameter,
+    find_head,
+    find_qk,
+    find_trained,
+    head_in_float32,
+    untie_head,
+)
 
 __all__ = ["from_pretrained", "is_trained_folder", "load_trained", "merge", "save_trained"]
 
@@ -106,7 +114,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_trained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel | PeftModel:
-    """Put what `folder` holds on top of the base `model`: W_Q / W_K in place, or a PEFT adapter around it.
+    """Put what `folder` holds on top of the base `model`: W_Q, W_K and more in place, or a PEFT adapter around it.
 
     A head that was trained replaces the model's, untied from the input embeddings.
 
@@ -133,11 +141,9 @@ def load_trained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
             f"{folder} was trained on a {config['model_type']} model "
             f"({config['base_model_name_or_path']}), but this model is {model.config.model_type}"
         )
-    targets = {item.name: item for item in find_qk(model)}
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    head = {item.name: item for item in find_head(model)} if len(tensors) > len(targets) else {}
-    targets |= head
+    scope, targets = _scope_of(model, set(tensors))
     if set(tensors) != set(targets):
         unknown = sorted(set(tensors) ^ set(targets))
         raise ValueError(
@@ -153,12 +159,24 @@ def load_trained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
                 f"{name} has shape {tuple(tensor.shape)} in {folder} but {tuple(target.shape)} in the model; it was "
                 f"trained on {config['base_model_name_or_path']}"
             )
-    if head:
+    if scope == "qk_head":
         untie_head(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].view(model.get_parameter(name)).copy_(tensor)
     return model
+
+
+def _scope_of(model: PreTrainedModel, names: set[str]) -> tuple[Scope, dict[str, TrainedParameter]]:
+    """Return the scope whose parameters have these names, and its parameters; that of W_Q and W_K if none has."""
+    qk = {item.name: item for item in find_qk(model)}
+    if len(names) > len(qk):
+        scopes: tuple[Scope, ...] = ("qk_head", "model")
+        for scope in scopes:
+            found = {item.name: item for item in find_trained(model, scope)}
+            if names == set(found):
+                return scope, found
+    return "qk", qk
 
 
 def from_pretrained(

@@ -21,9 +21,9 @@ from abft.training.config import ABFTConfig
 
 __all__ = ["activation_bytes", "can_pack", "tokens_per_pass"]
 
-# On a CPU the widest tensor of a pass should stay in the cache of a core: more tokens a pass are slower, not quicker,
-# as long as there are enough rows for the matrix products to run at their full rate.
-CACHED_BYTES = 2**20
+# On a CPU a pass is slow below some 150 tokens; beyond, time per token stays within a tenth and only memory grows. So
+# the widest tensor of a pass is kept to what the cache of a core holds.
+CACHED_BYTES = 2**21
 FEWEST_ON_CPU, MOST_ON_CPU = 128, 2048
 # Bytes of a step over those of the linear layers' inputs and outputs: the most over six kinds of models and all modes,
 # as `abft plan` counts (`tests/abft/training/test_passes.py`).

@@ -24,7 +24,7 @@ from abft.models.attention import ATTENTION, check_architecture
 from abft.models.loading import context_of, load_config
 from abft.models.masses import layer_masses
 from abft.models.mixed_precision import float32_masters
-from abft.models.projections import lora_qk, train_qk
+from abft.models.projections import lora_qk, train_parameters
 from abft.training.objectives.objective import Objective
 from abft.training.objectives.objective_registry import DEFAULT, plan_modes
 
@@ -216,10 +216,12 @@ def plan(
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=DTYPES[precision])
         check_architecture(base)
-        head = run.objective is not None and run.objective.trains_head
-        whole: Any = lora_qk(base, r=lora_r, head=head) if lora else base
+        scope = "qk" if run.objective is None else run.objective.trains
+        if lora and scope == "model":
+            raise ValueError(f"mode={mode!r} trains the whole model; leave lora and nf4 off")
+        whole: Any = lora_qk(base, r=lora_r, head=scope == "qk_head") if lora else base
     if not lora and run.objective is not None:
-        float32_masters(base, train_qk(base, head=head), "cpu")
+        float32_masters(base, train_parameters(base, scope), "cpu")
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole.to_empty(device="cpu")
         whole.train(run.objective is not None)

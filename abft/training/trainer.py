@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, Trainer
 from abft.evaluation.classification import evaluate
 from abft.models.attention import enable
 from abft.models.mixed_precision import float32_masters
-from abft.models.projections import TrainedParameter, lora_qk, train_qk
+from abft.models.projections import TrainedParameter, lora_qk, train_parameters
 from abft.models.weights import load_trained, save_trained, whole_state_dict
 from abft.prompts.collation import Collator, padding_id
 from abft.training.checkpoints import check_method, recorded_options
@@ -59,7 +59,7 @@ class ABFTTrainer(Trainer):
 
     Attributes:
         objective: computes the loss of `args.method`, and holds its state.
-        trained: W_Q and W_K, and the LM head if the objective trains it; empty with LoRA.
+        trained: what the objective trains: W_Q and W_K, the LM head too, or all parameters; empty with LoRA.
         checkpoint_seconds: time that saving checkpoints took so far, which `train_runtime` includes.
 
     Raises:
@@ -93,10 +93,10 @@ class ABFTTrainer(Trainer):
                 r=args.lora_r,
                 alpha=args.lora_alpha,
                 target_modules=args.lora_target_modules,
-                head=self.objective.trains_head,
+                head=self.objective.trains == "qk_head",
             )
         else:
-            self.trained = train_qk(model, head=self.objective.trains_head)
+            self.trained = train_parameters(model, self.objective.trains)
             check_decay(args, self.trained)
             float32_masters(model, self.trained, args.device)
         pad_token_id = padding_id(train_dataset, model.config.get_text_config())

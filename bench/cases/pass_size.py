@@ -57,7 +57,7 @@ def _make_step(folder: str, method: str, tokens: str) -> Callable[[], None]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from abft.models.projections import train_qk
+    from abft.models.projections import train_parameters
     from bench.compared_steps import label_groups, reference_step
 
     prompts, length = PAPER if tokens == "paper" else (1, int(tokens))
@@ -67,7 +67,7 @@ def _make_step(folder: str, method: str, tokens: str) -> Callable[[], None]:
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (prompts, length))
     groups = label_groups(prompts, length)
     if method == "reference":
-        train_qk(model)
+        train_parameters(model)
         return partial(reference_step, model, ids, groups)
     return _trainer_step(model, ids, groups)
 

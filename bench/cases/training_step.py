@@ -40,14 +40,14 @@ def _make_step(method: str, tokens: str) -> Callable[[], None]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import abft
-    from abft.models.projections import train_qk
+    from abft.models.projections import train_parameters
     from bench.compared_steps import label_groups, packed_step, reference_step
 
     prompts, length = PAPER if tokens == "paper" else (1, int(tokens))
     torch.manual_seed(0)
     implementation = "eager" if method == "reference" else "sdpa"
     model = LlamaForCausalLM._from_config(LlamaConfig(**MODEL), attn_implementation=implementation)
-    train_qk(model)
+    train_parameters(model)
     if method in ("full", "restricted"):
         abft.enable(model)
     ids = torch.randint(0, MODEL["vocab_size"], (prompts, length))

@@ -9,7 +9,7 @@ from tiny_models import tiny
 
 from abft.models.attention import enable
 from abft.models.masses import layer_masses
-from abft.models.projections import train_qk
+from abft.models.projections import train_parameters
 
 
 def main(folder: Path) -> None:
@@ -18,7 +18,7 @@ def main(folder: Path) -> None:
     results = {}
     for name, case in torch.load(folder / "cases.pt").items():
         model = enable(tiny(case["kind"], spread=0.4))
-        train_qk(model)
+        train_parameters(model)
         inputs = {key: case[key] for key in ("input_ids", "key_groups", "query_positions")}
         masses = torch.stack(layer_masses(model, **inputs, detach=case["detach"], context_group=dist.group.WORLD))
         (masses * case["weights"]).sum().backward()

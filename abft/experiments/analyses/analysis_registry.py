@@ -13,6 +13,7 @@ __all__ = ["ANALYSES", "stored_parts"]
 ANALYSES: tuple[Analysis, ...] = (
     distance.ANALYSIS,
     connectivity.ANALYSIS,
+    connectivity.METAICL,
     last_row.ANALYSIS,
     induction.ANALYSIS,
     icl_as_tuning.ANALYSIS,

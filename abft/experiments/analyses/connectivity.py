@@ -1,4 +1,4 @@
-"""Accuracy over the plane through the untrained model, E2E's and ABFT's."""
+"""Accuracy over the plane through the untrained model and two trained ones, such as E2E's and ABFT's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from abft.experiments.analyses.definition import Analysis, Subject
 from abft.experiments.methods import METHODS
 from abft.plots import BLUE, new_figure
 
-__all__ = ["ANALYSIS", "ConnectivityOptions"]
+__all__ = ["ANALYSIS", "METAICL", "ConnectivityOptions"]
 
 
 @dataclass(kw_only=True)
@@ -54,7 +54,9 @@ def _check(suite: TaskSuite, config: PretrainedConfig, options: ConnectivityOpti
         )
 
 
-def _run(subject: Subject, options: ConnectivityOptions) -> dict[str, Any]:
+def _run(subject: Subject, options: ConnectivityOptions | None) -> dict[str, Any]:
+    """Measure the plane of the options; without any, that of MetaICL and ABFT."""
+    options = options or ConnectivityOptions(plane_methods=["metaicl", "abft"])
     first, second = options.plane_methods
     found = measure_plane(
         subject.model,
@@ -100,3 +102,14 @@ ANALYSIS = Analysis(
     check=_check,
     figure=_figure,
 )
+METAICL = Analysis(
+    "connectivity_metaicl",
+    _run,
+    uses_prompts=True,
+    needs_weights=True,
+    methods=lambda options: ("metaicl", "abft"),
+    quantized=False,
+    on_demand=True,
+    figure=_figure,
+)
+"""Fig. 9, beside Fig. 7."""

@@ -61,6 +61,7 @@ class Analysis:
         needs_weights: it needs the weights of one trained run or more.
         methods: returns the methods whose weights it needs, from its options.
         quantized: it works on a 4-bit base.
+        on_demand: it is made only if it is named.
         check: raises ValueError for options that do not fit the task's prompts or the model's configuration; called
             before a model is loaded.
         tasks: returns the names of further tasks whose prompts it needs, from its options; "all" for every one.
@@ -75,6 +76,7 @@ class Analysis:
     needs_weights: bool = False
     methods: Callable[[Any], Sequence[str]] = lambda options: ()
     quantized: bool = True
+    on_demand: bool = False
     check: Callable[[TaskSuite, PretrainedConfig, Any], None] | None = None
     tasks: Callable[[Any], Sequence[str]] | None = None
     figure: Callable[[Any], tuple[Figure, str]] | None = None

@@ -1,4 +1,4 @@
-"""E2E, the paper's baseline, with and without the LM head: cross-entropy of the gold label token."""
+"""E2E, the paper's baseline, with and without the LM head, and MetaICL: cross-entropy of the gold label token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from abft.training.objectives.objective import Batch, LogitObjective, SampleLosses
 
-__all__ = ["EndToEnd", "EndToEndProjections"]
+__all__ = ["EndToEnd", "EndToEndProjections", "MetaICL"]
 
 
 class EndToEndProjections(LogitObjective):
@@ -26,4 +26,15 @@ class EndToEnd(EndToEndProjections):
 
     name = "e2e"
     description = "cross-entropy of the gold label token, on the LM head too (the paper's baseline)"
-    trains_head = True
+    trains = "qk_head"
+
+
+class MetaICL(EndToEndProjections):
+    """The same loss on all parameters: MetaICL (Min et al., arXiv 2110.15943) with prompts of several tasks.
+
+    The samples decide on the tasks; `abft experiment` takes all but the one that is tested.
+    """
+
+    name = "metaicl"
+    description = "cross-entropy of the gold label token, on the whole model"
+    trains = "model"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from abft.models.masses import forward, layer_masses
+from abft.models.projections import Scope
 from abft.prompts.collation import MASS_INPUTS, MODEL_INPUTS
 from abft.training.options import TrainingOptions
 
@@ -41,7 +42,7 @@ class Objective(ABC):
         restrictable: the loss is a sum over layers, so that each layer's gradient can be taken inside the forward pass
             (`restricted_gradient`).
         heads_apart: the loss is a sum over heads, of which each process of a tensor-parallel group has its own.
-        trains_head: the LM head is trained beside W_Q and W_K.
+        trains: the parameters that are trained.
         sample_needs: attributes of a sample that must not be None.
     """
 
@@ -49,7 +50,7 @@ class Objective(ABC):
     description: ClassVar[str]
     restrictable: ClassVar[bool] = False
     heads_apart: ClassVar[bool] = False
-    trains_head: ClassVar[bool] = False
+    trains: ClassVar[Scope] = "qk"
     sample_needs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: TrainingOptions) -> None:
@@ -63,6 +64,8 @@ class Objective(ABC):
     @classmethod
     def check_options(cls, options: TrainingOptions) -> None:
         """Raise ValueError if an option is out of its range or contradicts this objective."""
+        if cls.trains == "model" and options.lora:
+            raise ValueError(f"method={cls.name!r} trains the whole model, not adapters; leave lora off")
         if not options.restricted_gradient:
             return
         if not cls.restrictable:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abft.training.objectives.attention_behavior import AttentionBehavior, LabelShare
-from abft.training.objectives.end_to_end import EndToEnd, EndToEndProjections
+from abft.training.objectives.end_to_end import EndToEnd, EndToEndProjections, MetaICL
 from abft.training.objectives.objective import Objective
 
 __all__ = ["DEFAULT", "OBJECTIVES", "objective_of", "plan_modes", "register"]
 
-_BUILT_IN: tuple[type[Objective], ...] = (AttentionBehavior, LabelShare, EndToEnd, EndToEndProjections)
+_BUILT_IN: tuple[type[Objective], ...] = (AttentionBehavior, LabelShare, EndToEnd, EndToEndProjections, MetaICL)
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in _BUILT_IN}
 DEFAULT = AttentionBehavior.name
 

@@ -6,7 +6,7 @@ from tiny_models import tiny
 
 from abft.analysis.weight_change import moved, trained_difference, weight_shift
 from abft.models.attention import enable
-from abft.models.projections import find_head, find_qk, train_qk, untie_head
+from abft.models.projections import find_head, find_qk, train_parameters, untie_head
 from abft.models.weights import save_trained
 
 
@@ -15,7 +15,7 @@ def changed(kind, folder, head, **options):
     base, model = tiny(kind, **options), tiny(kind, **options)
     base.save_pretrained(folder / "base")
     base.config.name_or_path = str(folder / "base")
-    trained = train_qk(model, head=head)
+    trained = train_parameters(model, "qk_head" if head else "qk")
     with torch.no_grad():
         for item in trained:
             item.view(model.get_parameter(item.name)).add_(0.5)

@@ -6,14 +6,15 @@ import pytest
 
 from abft.cli.main import main
 from abft.evaluation.suites import check_tests
-from abft.experiments.analyze import PARTS
-from abft.experiments.experiment import ExperimentOptions
+from abft.experiments.analyze import PARTS, AnalyzeOptions, analyze
+from abft.experiments.experiment import Experiment, ExperimentOptions
 from abft.experiments.figures import all_figures
 from abft.experiments.grid import parse_grid
 from abft.experiments.methods import resolve_methods
 from abft.experiments.recipes import RECIPES, find_recipes, options_of, recipe_table
 from abft.experiments.report_tables import experiment_tables
 from abft.experiments.results import Results
+from abft.experiments.runs import RunKey, read_analysis
 
 GIVEN = ExperimentOptions(model="demo", output_dir="runs", data="demo", k=8)
 
@@ -93,3 +94,42 @@ def test_two_recipes_share_their_runs(tmp_path, capsys):
     for name in ("label-attention", "distance"):
         assert any(picture.endswith(name) for picture in pictures), pictures
     assert main(command) == 0  # everything is there: nothing is trained
+
+
+def test_metaicl_trains_on_the_other_tasks(one_task_options, tmp_path):
+    """Its run, the plane through it (Fig. 9), and a refusal of weights that other tasks trained."""
+    options = replace(
+        one_task_options, output_dir=str(tmp_path), tasks=["topics", "moods"], train_tasks=["topics"], limit=2,
+        methods=["vanilla", "abft", "metaicl"], generalization=True,
+    )  # fmt: skip
+    experiment = Experiment(options)
+    runs = {run.key.method: run for run in experiment.run()}
+    assert runs["abft"].training["tasks"] == ["topics"]
+    assert runs["metaicl"].training["tasks"] == ["moods"]
+    assert (set(runs["abft"].tests), set(runs["metaicl"].tests)) == ({"topics", "moods"}, {"topics"})
+    assert runs["metaicl"].training["trained_parameters"] > 4 * runs["abft"].training["trained_parameters"]
+    card = (tmp_path / "runs" / runs["metaicl"].key.folder / "weights" / "README.md").read_text()
+    assert "All parameters of `demo`, trained with MetaICL on 16" in card
+    assert "of the other tasks than topics" in card
+
+    found = analyze(AnalyzeOptions(experiment=str(tmp_path), parts=["connectivity_metaicl"], prompts=4, quiet=True))
+    plane = found["connectivity_metaicl"]
+    assert plane["methods"] == ["metaicl", "abft"]
+    assert len(plane["accuracy"]) == len(plane["factors"]) == 9
+    assert "connectivity_metaicl" in all_figures(Results(tmp_path), read_analysis(tmp_path))
+
+    with pytest.raises(ValueError, match="was trained on moods, now it would be on moods, more topics; choose"):
+        Experiment(replace(options, tasks=["topics", "moods", "more topics"]))
+    with pytest.raises(ValueError, match="metaicl trains on the other tasks; name two tasks or more"):
+        Experiment(replace(options, tasks=["topics"]))
+
+
+def test_metaicl_takes_as_many_prompts_of_each_task(one_task_options, tmp_path):
+    options = replace(
+        one_task_options, output_dir=str(tmp_path), tasks=["topics", "moods", "more topics"], methods=["metaicl"],
+        num_prompts=[5],
+    )  # fmt: skip
+    experiment = Experiment(options)
+    prompts = experiment._training_prompts(RunKey("metaicl", "topics", 5, 0))
+    of_task = {name: set(experiment._drawn(name, 5, 0)) for name in experiment.data}
+    assert [sum(prompt in of_task[name] for prompt in prompts) for name in of_task] == [0, 3, 2]

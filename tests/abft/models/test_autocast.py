@@ -13,7 +13,7 @@ from abft.analysis.momentum_gain import momentum_gain
 from abft.evaluation.classification import label_logits
 from abft.models.masses import forward_with_mass, layer_masses
 from abft.models.mixed_precision import computing
-from abft.models.projections import train_qk
+from abft.models.projections import train_parameters
 from abft.prompts.collation import Collator
 from abft.prompts.examples import Example
 from abft.prompts.targets import AttentionTarget
@@ -62,7 +62,7 @@ def test_attention_mass_and_forward_with_mass(kind, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("way", ["full", "restricted", "checkpointed"])
 def test_layer_masses_and_their_gradients(way, layout, model):
-    names = [item.name for item in train_qk(model)]
+    names = [item.name for item in train_parameters(model)]
     if way == "checkpointed":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -82,7 +82,7 @@ def test_layer_masses_and_their_gradients(way, layout, model):
 
 def test_gradients_inside_the_forward_pass(model):
     """`on_mass` calls backward under autocast, as restricted training does."""
-    names = [item.name for item in train_qk(model)]
+    names = [item.name for item in train_parameters(model)]
 
     def backward(mass):
         with torch.autocast("cpu", enabled=False):
@@ -143,7 +143,7 @@ def test_only_a_half_precision_base_with_float32_masters_switches_autocast_on(mo
     for plain in (model, half):
         with computing(plain):
             assert not torch.is_autocast_enabled("cpu")
-    for item in train_qk(half):
+    for item in train_parameters(half):
         half.get_parameter(item.name).data = half.get_parameter(item.name).data.float()
     with computing(half):
         assert torch.is_autocast_enabled("cpu")

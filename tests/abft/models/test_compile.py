@@ -6,7 +6,7 @@ from tiny_models import packed, padded, random_prompts, tiny
 
 from abft.models.attention import enable
 from abft.models.masses import layer_masses
-from abft.models.projections import train_qk
+from abft.models.projections import train_parameters
 
 LENGTHS = (12, 9)
 
@@ -20,7 +20,7 @@ def test_a_compiled_pass_gives_the_same_gradients(layout, restricted):
         lengths = batch.pop("attention_mask").sum(1)
         batch |= {"seq_lens": lengths, "seq_starts": max(LENGTHS) - lengths}
     model = enable(tiny("llama"))
-    train_qk(model)
+    train_parameters(model)
 
     def loss(**batch):
         return torch.stack(layer_masses(model, **batch, detach=restricted)).square().sum()

@@ -14,7 +14,7 @@ from abft.cli.main import main
 from abft.models import gguf as module
 from abft.models.gguf import is_gguf, model_folder
 from abft.models.loading import load_base, load_config, load_tokenizer
-from abft.models.projections import train_qk
+from abft.models.projections import train_parameters
 from abft.models.weights import save_trained
 from abft.training.plan import plan
 
@@ -84,7 +84,7 @@ def test_a_file_of_float32_stays_float32(tmp_path):
 
 def test_trained_weights_name_the_file(file, tmp_path):
     model = load_base(str(file), dtype="float32")
-    trained = train_qk(model)
+    trained = train_parameters(model)
     with torch.no_grad():
         model.get_parameter(trained[0].name).add_(1)
     save_trained(model, trained, tmp_path / "trained")

@@ -13,7 +13,7 @@ from torch import Tensor
 from abft.models.attention import enable
 from abft.models.collector import Layer
 from abft.models.masses import layer_masses
-from abft.models.projections import train_qk
+from abft.models.projections import train_parameters
 from abft_kernels.triton import rows
 
 LENGTHS = (20, 13)
@@ -56,7 +56,7 @@ def _batch(layout: str) -> dict[str, Tensor]:
 
 def _step(layers: int, batch: dict[str, Tensor], restricted: bool):
     model = enable(tiny("llama", num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1))
-    train_qk(model)
+    train_parameters(model)
 
     def backward(mass: Tensor) -> Tensor:
         mass.sum().backward()

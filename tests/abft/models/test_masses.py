@@ -10,7 +10,7 @@ from tiny_models import packed, padded, random_prompts, tiny
 from abft.losses import abft_loss
 from abft.models.attention import enable
 from abft.models.masses import attention_mass, forward, layer_masses
-from abft.models.projections import train_qk
+from abft.models.projections import train_parameters
 
 KINDS = ["llama", "gpt2", "mistral_window", "gemma2", "gpt_oss", "deepseek_v3", "gpt_neox", "phi3"]
 LENGTHS = (20, 13, 17)
@@ -112,7 +112,7 @@ def restricted_by_hooks(model, batch, loss_of):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "mistral_window", "phi3"])
 def test_restricted_gradients_equal_autograd_on_the_detached_graph(kind):
     model, batch = tiny(kind), batch_of("left")
-    train_qk(model)
+    train_parameters(model)
 
     def loss_of(masses):
         k, lengths = torch.full((3,), 4), torch.tensor(LENGTHS)
@@ -137,7 +137,7 @@ def test_restricted_gradients_equal_autograd_on_the_detached_graph(kind):
 
 def test_restricted_gradients_differ_from_full_ones():
     model, batch = enable(tiny("llama")), batch_of("left")
-    train_qk(model)
+    train_parameters(model)
     full = gradients(model, layer_masses(model, **batch))
     restricted = gradients(model, layer_masses(model, **batch, detach=True))
     last, first = "model.layers.1.self_attn.k_proj.weight", "model.layers.0.self_attn.k_proj.weight"
@@ -157,7 +157,7 @@ def test_restricted_gradients_of_lora():
 def test_no_graph_outlives_its_layer():
     """With the gradient taken in the pass, what a layer kept is gone when the next one begins."""
     model, batch = enable(tiny("llama")), batch_of("left")
-    train_qk(model)
+    train_parameters(model)
     alive = []
 
     def pack(tensor):

@@ -15,7 +15,7 @@ from abft.models.projections import (
     find_kv,
     find_qk,
     lora_qk,
-    train_qk,
+    train_parameters,
 )
 
 # Two layers, width 32, 4 heads of 8, 2 key-value heads where they are grouped.
@@ -55,7 +55,7 @@ def test_finds_query_and_key(kind):
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_only_query_and_key_move(kind):
     model = tiny(kind)
-    trained = {item.name: item for item in train_qk(model)}
+    trained = {item.name: item for item in train_parameters(model)}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(trained)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -124,7 +124,7 @@ def test_view_shares_memory():
 
 def test_gradient_of_the_value_part_is_zero_over_accumulation():
     model = tiny("gpt2")
-    (item, _) = train_qk(model)
+    (item, _) = train_parameters(model)
     weight = dict(model.named_parameters())[item.name]
     ids = torch.stack(random_prompts((12, 12))[0])
     for _ in range(2):
@@ -146,7 +146,7 @@ def test_unknown_projections_raise():
     with pytest.raises(ValueError, match="found q and k projections in 0 of 2 layers of"):
         find_qk(model)
     with pytest.raises(ValueError, match="lora_target_modules"):
-        train_qk(model)
+        train_parameters(model)
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -206,7 +206,7 @@ def test_quantized_weights_raise():
     projection = model.model.layers[0].self_attn.q_proj
     projection.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"q_proj.weight is quantized to torch.uint8; train it with LoRA"):
-        train_qk(model)
+        train_parameters(model)
 
 
 def test_lora_trains_its_own_tensors_on_query_and_key():

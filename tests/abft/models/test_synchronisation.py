@@ -9,7 +9,7 @@ from tiny_models import CONFIGS, LOCAL, packed, padded, random_prompts
 from abft.evaluation.classification import label_logits
 from abft.models.attention import ATTENTION
 from abft.models.masses import forward, forward_with_mass, layer_masses
-from abft.models.projections import train_qk
+from abft.models.projections import train_parameters
 from abft.prompts.collation import MASS_INPUTS
 from abft.training.config import ABFTConfig
 from abft.training.objectives.objective_registry import objective_of
@@ -104,7 +104,7 @@ def passes(model, batch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_passes(kind, side):
     model, batch = make_model(kind), without_values(layout_of(side))
-    train_qk(model)
+    train_parameters(model)
     for _, run in passes(model, batch):
         run()
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_passes(kind, side):
 def test_a_batch_without_padding(kind):
     model, batch = make_model(kind), without_values(batch_of("none"))
     del batch["attention_mask"]
-    train_qk(model)
+    train_parameters(model)
     for _, run in passes(model, batch):
         run()
 
@@ -125,7 +125,7 @@ def test_a_batch_without_padding(kind):
 @pytest.mark.parametrize("method", ["abft", "e2e"])
 def test_objectives(method, side, tmp_path):
     model, batch = make_model("llama"), without_values({**layout_of(side), **counts(3)})
-    train_qk(model)
+    train_parameters(model)
     objective = objective_of(method)(ABFTConfig(output_dir=str(tmp_path), method=method, use_cpu=True))
     outputs = (
         layer_masses(model, **{name: batch[name] for name in MASS_INPUTS if name in batch})

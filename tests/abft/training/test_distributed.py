@@ -14,7 +14,7 @@ from trainers import assert_same_weights, state_of, trained
 
 from abft.models.attention import enable
 from abft.models.masses import layer_masses
-from abft.models.projections import train_qk
+from abft.models.projections import train_parameters
 from abft.models.weights import load_trained
 
 HELPERS = Path(__file__).resolve().parents[1]
@@ -147,7 +147,7 @@ def test_a_context_over_two_processes(name, contexts):
     cases, ranks = contexts
     case, (first, second) = cases[name], [rank[name] for rank in ranks]
     model = enable(tiny(case["kind"], spread=0.4))
-    train_qk(model)
+    train_parameters(model)
     inputs = {key: case[key] for key in ("input_ids", "key_groups", "query_positions")}
     masses = torch.stack(layer_masses(model, **inputs, detach=case["detach"]))
     (masses * case["weights"]).sum().backward()

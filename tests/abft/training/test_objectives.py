@@ -124,7 +124,7 @@ def test_a_loss_on_logits_trains(toy_prompts, toy_builder, tmp_path):
 
 def test_the_command_line_offers_it(tmp_path):
     parser = HfArgumentParser([ABFTConfig])
-    assert "{abft,share,e2e,e2e_qk,correct_mass,entropy}" in parser.format_help()
+    assert "{abft,share,e2e,e2e_qk,metaicl,correct_mass,entropy}" in parser.format_help()
     (config,) = parser.parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--method", "correct_mass", "--use_cpu", "True"]
     )
@@ -148,6 +148,7 @@ def test_a_run_of_it_can_be_planned(tmp_path):
         "share_restricted",
         "e2e",
         "e2e_qk",
+        "metaicl",
         "correct_mass",
         "correct_mass_restricted",
         "entropy",
@@ -168,7 +169,8 @@ def test_names_are_unique():
     register(CorrectMass)  # again
     with pytest.raises(ValueError, match="method 'correct_mass' is CorrectMass; choose another name"):
         register(Other)
-    with pytest.raises(ValueError, match="method must be 'abft' or 'share' or 'e2e' or 'e2e_qk' or 'correct_mass'"):
+    known = " or ".join(map(repr, ("abft", "share", "e2e", "e2e_qk", "metaicl", "correct_mass")))
+    with pytest.raises(ValueError, match=f"method must be {known}"):
         objective_of("Correct_mass")
 
 

@@ -357,7 +357,7 @@ def test_defaults_are_the_papers(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"method": "sft"}, "method must be 'abft' or 'share' or 'e2e' or 'e2e_qk', got 'sft'"),
+        ({"method": "sft"}, "method must be 'abft' or 'share' or 'e2e' or 'e2e_qk' or 'metaicl', got 'sft'"),
         ({"wrong_penalty": -0.5}, "wrong_penalty must not be negative, got -0.5"),
         ({"correct_award": -1}, "correct_award must not be negative"),
         (
