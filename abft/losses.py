@@ -8,14 +8,17 @@ correct labels I⁺ and m⁻ on the wrong ones I⁻:
     induction head  ⇔  S = m⁺ + m⁻ > T = k / (k + ln n_t)
     L = A·m⁻ + B·(|I⁺| − m⁺)   for induction heads, 0 for the others        (the paper's, `abft_loss`)
     L = −log(m⁺ / S)           likewise, if I⁺ is not empty                  (the share, `share_loss`)
+                − κ·log S
 
 The first falls when a head looks away from all labels, wherever A·m⁻ outweighs B·m⁺, and always if I⁺ is empty. The
 share's gradient never asks for that: with scores s_j of the row, m⁺ / S = Σ_{I⁺} e^{s_j} / Σ_I e^{s_j} holds the
 scores of labels alone. Its gradient with respect to the score of any other key is 0, and over the labels it sums to 0:
 
-    ∂L/∂s_j = P_j/S − [j ∈ I⁺]·P_j/m⁺   for j ∈ I,   0 elsewhere
+    ∂L/∂s_j = P_j/S − [j ∈ I⁺]·P_j/m⁺   for j ∈ I,   0 elsewhere        (κ = 0)
 
-It moves score from wrong labels to correct ones, and the sum of the labels' scores stays as it is.
+It moves score from wrong labels to correct ones, and the sum of the labels' scores stays as it is. What it does not do
+is hold S: a step that is common to many prompts may lower it. The award κ adds κ·(P_j − [j ∈ I]·P_j/S), which asks
+every head that passes the filter to look at labels, right or wrong.
 """
 
 from __future__ import annotations
@@ -118,38 +121,48 @@ def share_loss(
     *,
     head_filter: bool = True,
     per_head_mean: bool = False,
+    mass_award: float = 0.0,
     mass_floor: float = 0.0,
     row_weights: Tensor | None = None,
 ) -> ABFTLoss:
-    """Compute −log(m⁺ / (m⁺ + m⁻)) of each induction head: sum over layers and heads, mean over prompts.
+    """Compute −log(m⁺ / S) − κ·log S of each induction head, S = m⁺ + m⁻: sum over layers and heads, mean over prompts.
 
+    With κ = 0 this is the share of the correct labels in the attention on labels, with κ = 1 the log-mass −log m⁺.
     Prompts, or rows, without a correct demonstration have no share: their loss is 0, and their heads still count.
 
     Args:
         masses, correct_demonstrations, demonstrations, prompt_lengths, head_filter, per_head_mean, row_weights: as for
             :func:`abft_loss`.
-        mass_floor: λ ≥ 0: heads with S > T/2 also pay λ·max(0, T − S), which keeps induction heads above the filter's
-            threshold and lifts those that just miss it. The share itself does not hold S up: weights shared between
+        mass_award: κ, from 0 to 1: weight of −log S. The share itself does not hold S up: weights shared between
             prompts may still lower it.
+        mass_floor: λ ≥ 0: heads with S > T/2 also pay λ·max(0, T − S), which keeps induction heads above the filter's
+            threshold and lifts those that just miss it.
 
     Raises:
-        ValueError: shapes that do not fit, or a negative floor.
+        ValueError: shapes that do not fit, κ out of its range, or a negative floor.
     """
     counts = (correct_demonstrations, demonstrations, prompt_lengths)
     masses = _stacked(masses, counts[0])
     _check_shapes(masses, counts, row_weights)
+    check_mass_award(mass_award)
     if mass_floor < 0:
         raise ValueError(f"mass_floor must not be negative, got {mass_floor}")
     # Of a mass so small that the square of its inverse overflows, the gradient is 0.
     tiny = torch.finfo(masses.dtype).tiny ** 0.5
     total = masses.sum(dim=-1)
-    share = total.clamp(min=tiny).log() - masses[..., 0].clamp(min=tiny).log()
+    share = (1 - mass_award) * total.clamp(min=tiny).log() - masses[..., 0].clamp(min=tiny).log()
     per_head = torch.where(correct_demonstrations[:, None] > 0, share, 0.0)
     floor = None
     if mass_floor:
         threshold = induction_threshold(demonstrations, prompt_lengths)[:, None]
         floor = mass_floor * (threshold - total).clamp(min=0) * (total.detach() > threshold / 2)
     return _reduce(per_head, masses, counts, head_filter, per_head_mean, row_weights, floor)
+
+
+def check_mass_award(mass_award: float) -> None:
+    """Raise a ValueError unless κ of :func:`share_loss` lies from 0 to 1."""
+    if not 0 <= mass_award <= 1:
+        raise ValueError(f"mass_award must lie from 0 to 1, got {mass_award}")
 
 
 def _reduce(

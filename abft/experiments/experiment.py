@@ -28,7 +28,7 @@ from abft.evaluation.staicc import TaskData, load_task_data, staicc_task, staicc
 from abft.evaluation.suites import CALIBRATION, TESTS, TaskSuite, check_tests
 from abft.experiments.card import write_card
 from abft.experiments.grid import changes_of, grid_points, own_options, parse_grid
-from abft.experiments.methods import METHODS, Method, resolve_methods
+from abft.experiments.methods import METHODS, Method, rates_of, resolve_methods
 from abft.experiments.runs import EXPERIMENT, FORMAT_VERSION, Run, RunKey, check_writable, read_experiment, read_run
 from abft.files import write_json
 from abft.models.loading import (
@@ -90,6 +90,9 @@ class RunOptions(ModelOptions):
         default_factory=lambda: [512], metadata=_help("training prompts; several make a data-efficiency curve")
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata=_help("training seeds"))
+    learning_rates: list[str] = field(
+        default_factory=list, metadata=_help("rates of single methods in place of --learning_rate, such as e2e=1e-4")
+    )
     grid: list[str] = field(
         default_factory=list,
         metadata=_help(
@@ -133,6 +136,7 @@ _NOT_SETTINGS = {
     "tokens_per_batch",
     "gradient_checkpointing",
     "grid",
+    "learning_rates",
     "eval_batch_size",
     "keep_weights",
     "quiet",
@@ -157,6 +161,7 @@ class Experiment:
         self.options = options
         _check_one_process()
         self.methods = resolve_methods(options.methods)
+        self.rates = rates_of(options.learning_rates)
         _check_numbers(options)
         _check_tests(options, self.methods)
         self.model = str(DEMO_MODEL) if options.model == "demo" else options.model
@@ -269,13 +274,14 @@ class Experiment:
         found = read_run(self.output / "runs" / key.folder)
         if found is None:
             return None
-        then = {name: found.settings.get(name, _DEFAULTS.get(name)) for name in self.settings}
-        differing = [name for name, value in self.settings.items() if then[name] != value]
+        settings = self._settings_of(key)
+        then = {name: found.settings.get(name, _DEFAULTS.get(name)) for name in settings}
+        differing = [name for name, value in settings.items() if then[name] != value]
         if differing or found.key != key:
             what = differing[0] if differing else "key"
             raise ValueError(
                 f"{self.output / 'runs' / key.folder} was made with {what}={then.get(what, found.key)!r}, now it is "
-                f"{self.settings.get(what, key)!r}; choose another --output_dir"
+                f"{settings.get(what, key)!r}; choose another --output_dir"
             )
         sources = self._sources(key)
         if found.training is not None and (then_on := found.training.get("tasks", [key.task])) != sources:
@@ -284,6 +290,9 @@ class Experiment:
                 f"{', '.join(sources)}; choose another --output_dir"
             )
         return found
+
+    def _settings_of(self, key: RunKey) -> dict[str, Any]:
+        return {**self.settings, "learning_rate": self.rates.get(key.method, self.settings["learning_rate"])}
 
     def run(self) -> list[Run]:
         """Train and test what is missing; return the runs in their order."""
@@ -323,7 +332,7 @@ class Experiment:
 
     def _one(self, key: RunKey, label: str) -> Run:
         folder = self.output / "runs" / key.folder
-        run = self._stored(key) or Run(key, self.settings)
+        run = self._stored(key) or Run(key, self._settings_of(key))
         wanted = {
             task: missing
             for task, tests in self._tests(key).items()
@@ -378,13 +387,14 @@ class Experiment:
 
     def _config(self, method: Method, folder: Path, seed: int, point: str = "") -> ABFTConfig:
         shared = {option.name: getattr(self.options, option.name) for option in fields(TrainingOptions)}
+        rate = {"learning_rate": self.rates[method.name]} if method.name in self.rates else {}
         return ABFTConfig(
             output_dir=str(folder),
             seed=seed,
             per_device_train_batch_size=self.options.batch_size,
             save_total_limit=1,
             disable_tqdm=True,
-            **{**shared, **(method.options or {}), **changes_of(point)},
+            **{**shared, **rate, **(method.options or {}), **changes_of(point)},
         )
 
     def _training_prompts(self, key: RunKey) -> Sequence[Prompt]:

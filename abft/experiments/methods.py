@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["GROUPS", "METHODS", "Method", "resolve_methods"]
+__all__ = ["GROUPS", "METHODS", "Method", "rates_of", "resolve_methods"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,24 @@ GROUPS = {
     "ablation": ("vanilla", "abft", "no_pid", "no_pid_no_filter", "a0", "b0"),
 }
 """Names that stand for several."""
+
+
+def rates_of(texts: Sequence[str]) -> dict[str, float]:
+    """Return the learning rates of single methods, given as texts like `e2e=1e-4`.
+
+    Raises:
+        ValueError: another form, an unknown method or one without training, or a rate that is not above 0.
+    """
+    rates: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            rates[name] = float(number)
+        except ValueError:
+            raise ValueError(f"learning_rates are given as method=rate, such as e2e=1e-4; got {text!r}") from None
+        if name not in METHODS or not METHODS[name].trained or not 0 < rates[name] < float("inf"):
+            raise ValueError(f"learning_rates must name methods that train and rates above 0, got {text!r}")
+    return rates
 
 
 def resolve_methods(names: Sequence[str]) -> list[Method]:

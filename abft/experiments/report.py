@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from abft.experiments.claims import Claim, claims
 from abft.experiments.figures import all_figures
+from abft.experiments.methods import METHODS
 from abft.experiments.report_tables import experiment_tables, model_name, overview_table, titles
 from abft.experiments.results import Results
 from abft.experiments.runs import read_analysis
@@ -146,10 +147,20 @@ def _setup(results: Results) -> str:
         + f", {seeds} training seed{'s' if seeds > 1 else ''}; data: {settings['data']}; "
         + ("LoRA" if settings["lora"] else "W_Q and W_K in full")
         + (", 4-bit base" if settings["load_in_4bit"] else "")
+        + _rates(results)
         + (f"; at most {settings['limit']} queries per test" if settings["limit"] else "")
         + (f". {unfinished} of {runs} runs are not finished yet" if unfinished else "")
         + f".{_fallen_heads(results)}"
     )
+
+
+def _rates(results: Results) -> str:
+    """Return the learning rates by method if they differ; "" if they do not."""
+    rates = {METHODS[run.key.method].title: run.settings["learning_rate"] for run in results.runs if run.training}
+    if len(set(rates.values())) < 2:
+        return ""
+    named = (f"{'2e-05' if rate is None else f'{rate:g}'} ({title})" for title, rate in rates.items())
+    return f"; learning rates {', '.join(named)}"
 
 
 def _fallen_heads(results: Results) -> str:

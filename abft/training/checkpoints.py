@@ -16,8 +16,8 @@ __all__ = ["check_method", "last_complete_checkpoint", "recorded_options"]
 
 _RECORDED = (
     "method", "pseudo_batch_size", "wrong_penalty", "correct_award", "adaption", "pid_proportional", "pid_integral",
-    "pid_derivative", "pid_relative", "unmatched_weight", "mass_floor", "head_filter", "per_head_mean", "learning_rate",
-    "num_train_epochs", "seed",
+    "pid_derivative", "pid_relative", "unmatched_weight", "mass_award", "mass_floor", "head_filter", "per_head_mean",
+    "learning_rate", "num_train_epochs", "seed",
 )  # fmt: skip
 
 

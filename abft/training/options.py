@@ -24,6 +24,7 @@ class TrainingOptions:
         pid_proportional, pid_integral, pid_derivative: its factors Cp, Ci, Cd.
         pid_relative: the head counts enter as shares of the first one, so that the factors fit models of any size.
         unmatched_weight: weight of prompts in which no demonstration carries the gold label; 1 in the paper.
+        mass_award: with the share loss, κ of the award −κ·log S, which keeps attention on labels up.
         mass_floor: with the share loss, λ of the penalty λ·max(0, T − S) on heads with S > T/2.
         head_filter: train induction heads only.
         per_head_mean: divide a prompt's loss by its number of induction heads.
@@ -52,6 +53,7 @@ class TrainingOptions:
     pid_derivative: float = field(default=0.005, metadata={"help": "Cd"})
     pid_relative: bool = field(default=False, metadata={"help": "count heads as shares of their first number"})
     unmatched_weight: float = field(default=1.0, metadata={"help": "weight of prompts without a correct demonstration"})
+    mass_award: float = field(default=0.1, metadata={"help": "with the share loss: weight of the mass on all labels"})
     mass_floor: float = field(default=0.0, metadata={"help": "with the share loss: penalty on heads below T"})
     head_filter: bool = field(default=True, metadata={"help": "train induction heads only"})
     per_head_mean: bool = field(default=False, metadata={"help": "divide by the number of induction heads"})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abft.losses import ABFTLoss, HeadCountController, abft_loss, share_loss
+from abft.losses import ABFTLoss, HeadCountController, abft_loss, check_mass_award, share_loss
 from abft.training.objectives.objective import Batch, MassObjective, SampleLosses
 from abft.training.options import TrainingOptions
 
@@ -147,7 +147,7 @@ class LabelShare(_LabelMass):
     """The share loss (:func:`abft.share_loss`): attention moves from wrong labels to correct ones."""
 
     name = "share"
-    description = "share of correct labels in the attention on labels, -log(m+ / (m+ + m-))"
+    description = "share of correct labels in the attention on labels, -log(m+ / S) - 0.1 log S"
 
     def make_controller(self, options: TrainingOptions) -> HeadCountController:
         return HeadCountController(0.0, "none")
@@ -155,8 +155,10 @@ class LabelShare(_LabelMass):
     @classmethod
     def check_options(cls, options: TrainingOptions) -> None:
         super().check_options(options)
+        check_mass_award(options.mass_award)
         if options.mass_floor < 0:
             raise ValueError(f"mass_floor must not be negative, got {options.mass_floor}")
 
     def loss(self, masses: Sequence[Tensor], *counts: Tensor, **shared: Any) -> ABFTLoss:
-        return share_loss(masses, *counts, mass_floor=self.options.mass_floor, **shared)
+        options = self.options
+        return share_loss(masses, *counts, mass_award=options.mass_award, mass_floor=options.mass_floor, **shared)
