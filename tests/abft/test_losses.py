@@ -243,6 +243,25 @@ def test_share_does_not_fall_by_looking_away():
     assert (paper.grad[4:] < 0).all()  # a step raises the scores of other keys: it looks away
 
 
+@pytest.mark.parametrize("award", [0.0, 0.25, 1.0])
+def test_award_pulls_labels_up(award):
+    """−log(m⁺/S) − κ·log S: the gradient gains κ·(P_j − P_j/S) on labels and κ·P_j elsewhere; κ = 1 is −log m⁺."""
+    scores = torch.tensor([1.0, -0.5, 2.0, 0.3, 1.5, -1.0], dtype=torch.float64, requires_grad=True)
+    masses = _masses_of(scores)
+    loss = share_loss(masses, *ONE_PROMPT, head_filter=False, mass_award=award).loss
+    correct, wrong = masses.detach().flatten().tolist()
+    assert loss.item() == pytest.approx(-math.log(correct / (correct + wrong)) - award * math.log(correct + wrong))
+    loss.backward()
+    labels, probabilities = torch.arange(6) < 4, scores.detach().softmax(-1)
+    share = probabilities * (labels / (correct + wrong) - (torch.arange(6) < 2) / correct)
+    pull = probabilities * (1 - labels / (correct + wrong))
+    torch.testing.assert_close(scores.grad, share + award * pull)
+
+
+def test_award_leaves_prompts_without_a_correct_demonstration():
+    assert share_of(mass_award=0.5).per_prompt[1] == 0
+
+
 LARGEST = math.log(0.9) - 0.5 * math.log(torch.finfo(torch.float32).tiny)
 
 
@@ -285,6 +304,12 @@ def test_unmatched_prompts_are_weighted():
 def test_negative_weights_are_refused(loss, option):
     with pytest.raises(ValueError, match=f"{option}.*-1"):
         loss(MASSES, CORRECT, SHOTS, LENGTHS, **{option: -1.0})
+
+
+@pytest.mark.parametrize("award", [-0.1, 1.5])
+def test_award_out_of_range(award):
+    with pytest.raises(ValueError, match=f"mass_award must lie from 0 to 1, got {award}"):
+        share_of(mass_award=award)
 
 
 def test_relative_counts_make_the_gains_independent_of_the_model():

@@ -12,7 +12,8 @@ import abft
 from abft.demo.run import MODEL
 from abft.experiments.comparison import compare_runs
 from abft.experiments.experiment import Experiment, ExperimentOptions
-from abft.experiments.methods import GROUPS, METHODS, resolve_methods
+from abft.experiments.methods import GROUPS, METHODS, rates_of, resolve_methods
+from abft.experiments.report import write_report
 from abft.experiments.results import Results
 from abft.experiments.runs import RunKey, read_run
 from abft.models.loading import load_base, load_tokenizer
@@ -283,6 +284,30 @@ def test_training_options_are_declared_once(experiment_options, tmp_path):
     assert {name: getattr(config, name) for name in changed} == changed
     # The size and the layout of a pass change no result.
     assert options.keys() - experiment.settings.keys() == {"packing", "tokens_per_batch", "gradient_checkpointing"}
+
+
+def test_rates_of_single_methods(one_task_options, tmp_path):
+    """They reach the training and the run's settings; a run at another rate is refused."""
+    options = replace(
+        one_task_options, output_dir=str(tmp_path), methods=["vanilla", "abft", "e2e"], limit=2, learning_rate=1e-3,
+        learning_rates=["e2e=2e-4"],
+    )  # fmt: skip
+    runs = {run.key.method: run for run in Experiment(options).run()}
+    rates = {name: run.settings["learning_rate"] for name, run in runs.items()}
+    assert rates == {"vanilla": 1e-3, "abft": 1e-3, "e2e": 2e-4}
+    logged = {name: runs[name].training["history"][0]["learning_rate"] for name in ("abft", "e2e")}
+    assert logged == {"abft": 1e-3, "e2e": 2e-4}
+    write_report([tmp_path], tmp_path / "report.html")
+    assert "learning rates 0.001 (ABFT), 0.0002 (E2E)" in (tmp_path / "report.md").read_text()
+    assert len(Experiment(options).run()) == 3
+    with pytest.raises(ValueError, match=r"was made with learning_rate=0\.0002, now it is 0\.001"):
+        Experiment(replace(options, learning_rates=[]))
+
+
+@pytest.mark.parametrize("text", ["e2e", "e2e=fast", "vanilla=1e-3", "abtf=1e-3", "e2e=0", "e2e=-1", "e2e=nan"])
+def test_bad_rates(text):
+    with pytest.raises(ValueError, match=f"learning_rates .*got {text!r}"):
+        rates_of([text])
 
 
 def test_several_processes_are_refused(experiment_options, tmp_path, monkeypatch):

@@ -29,13 +29,16 @@ def test_the_share_trains(toy_prompts, toy_builder, tmp_path):
     assert "wrong_penalty" not in entries[0]
 
 
-def test_its_first_loss_is_that_of_the_masses(toy_prompts, toy_builder, tmp_path):
+@pytest.mark.parametrize("award", [0.0, 0.1, 0.5])
+def test_its_first_loss_is_that_of_the_masses(award, toy_prompts, toy_builder, tmp_path):
     prompts = toy_prompts[:32]
-    trainer = run(prompts, toy_builder, tmp_path, method="share", num_train_epochs=1)
+    trainer = run(prompts, toy_builder, tmp_path, method="share", num_train_epochs=1, mass_award=award)
     model = enable(tiny("llama", **LABEL_LOOKERS))
     batch = Collator()(list(prompts))
     masses = attention_mass(model, **{name: batch[name] for name in MASS_INPUTS if name in batch})
-    want = share_loss(masses, *(batch[name] for name in COUNTS), row_weights=batch["row_weights"]).loss
+    want = share_loss(
+        masses, *(batch[name] for name in COUNTS), row_weights=batch["row_weights"], mass_award=award
+    ).loss
     assert losses(trainer)[0] == pytest.approx(want.item(), rel=1e-5)
 
 
