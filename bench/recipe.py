@@ -33,11 +33,13 @@ from transformers import (
 
 from abft.demo import corpus
 from abft.evaluation.classification import evaluate
+from abft.models.attention import enable
+from abft.models.momentum import check_momentum
 from abft.prompts.builder import PromptBuilder, sample_prompts
 from abft.prompts.examples import Example
 from abft.prompts.tasks import Task
 
-_IGNORE = -100
+IGNORE = -100
 _PAD, _BOS, _UNK = "<pad>", "<bos>", "<unk>"
 
 
@@ -66,6 +68,7 @@ class Recipe:
         rehearsal_weight: weight of their loss.
         shortest_text, longest_text: words with the trait in a text of the second stage.
         context: largest number of tokens that the model takes.
+        momentum: η of momentum attention (`abft.models.momentum`), in training and in every later use; 0 for none.
     """
 
     seed: int = 0
@@ -89,6 +92,7 @@ class Recipe:
     shortest_text: int = 5
     longest_text: int = 5
     context: int = 512
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         if self.hidden_size % (2 * self.heads):
@@ -96,10 +100,17 @@ class Recipe:
                 f"hidden_size={self.hidden_size} must be a multiple of 2·heads={2 * self.heads}: "
                 "rotary heads have an even size; change one of the two"
             )
+        if self.momentum:
+            check_momentum(self.momentum)
         for name in ("warmup_steps", "repeat_steps", "prompt_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         self.pretraining_prompt(random.Random(0))  # raises if the language lacks classes or lengths
+
+    @property
+    def attention(self) -> dict[str, float]:
+        """Arguments for every forward pass of the model."""
+        return {"momentum": self.momentum} if self.momentum else {}
 
     def pretraining_prompt(self, rng: random.Random) -> tuple[Task, list[Example], Example]:
         """Return a prompt of the second stage."""
@@ -174,11 +185,11 @@ def repeated_sequences(rng: random.Random, count: int, length: int, vocab_size: 
 
     Returns:
         ids: (count, length) int64.
-        targets: (count, length) int64, the ids from the first repetition on, ``_IGNORE`` before.
+        targets: (count, length) int64, the ids from the first repetition on, ``IGNORE`` before.
     """
     # The first ids are the special tokens.
     ids = torch.tensor([[rng.randrange(3, vocab_size) for _ in range(length)] for _ in range(count)])
-    targets = torch.full_like(ids, _IGNORE)
+    targets = torch.full_like(ids, IGNORE)
     for row in range(count):
         period = rng.randint(8, length // 2)
         ids[row] = ids[row, :period].repeat(math.ceil(length / period))[:length]
@@ -206,7 +217,7 @@ def few_shot_batch(
 
     shape = (len(sequences), max(map(len, sequences)))
     ids = torch.full(shape, tokenizer.pad_token_id)
-    targets = torch.full(shape, _IGNORE)
+    targets = torch.full(shape, IGNORE)
     is_label = torch.zeros(shape, dtype=torch.bool)
     for row, (sequence, positions) in enumerate(zip(sequences, label_positions, strict=True)):
         ids[row, : len(sequence)] = torch.tensor(sequence)
@@ -231,6 +242,8 @@ def pretrain(
         The trained model, in evaluation mode.
     """
     model = build_model(recipe, tokenizer).train().to(device)
+    if recipe.momentum:
+        enable(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_constant_schedule_with_warmup(optimizer, recipe.warmup_steps)
     rng = random.Random(recipe.seed)
@@ -244,7 +257,7 @@ def pretrain(
     with Progress(*columns, disable=not progress) as bars:
         bar = bars.add_task("Repeated sequences", total=recipe.repeat_steps, loss=math.nan)
         for _ in range(recipe.repeat_steps):
-            loss = _repeat_loss(model, rng, recipe.batch_size, recipe.repeat_length)
+            loss = _repeat_loss(model, recipe, rng, recipe.batch_size)
             _step(model, optimizer, schedule, loss)
             bars.update(bar, advance=1, loss=loss.item())
             if loss.item() < recipe.repeat_loss:
@@ -253,12 +266,12 @@ def pretrain(
         bar = bars.add_task("Few-shot prompts", total=recipe.prompt_steps, loss=math.nan)
         for _ in range(recipe.prompt_steps):
             ids, targets, is_label = (tensor.to(device) for tensor in few_shot_batch(rng, recipe, tokenizer))
-            losses = _next_token_losses(model, ids, targets)
+            losses = next_token_losses(model, recipe, ids, targets)
             targets, is_label = targets[:, 1:], is_label[:, 1:]
-            weights = (targets != _IGNORE) * torch.where(is_label, 1.0, recipe.text_weight)
+            weights = (targets != IGNORE) * torch.where(is_label, 1.0, recipe.text_weight)
             loss = (losses * weights).sum() / weights.sum()
             if recipe.rehearsal:
-                repeats = _repeat_loss(model, rng, recipe.rehearsal, recipe.repeat_length)
+                repeats = _repeat_loss(model, recipe, rng, recipe.rehearsal)
                 loss = loss + recipe.rehearsal_weight * repeats
             _step(model, optimizer, schedule, loss)
             of_labels = losses[is_label].mean().item()
@@ -288,18 +301,20 @@ def main(arguments: list[str] | None = None) -> None:
         splits = corpus.demo_splits(task=task)
         builder = PromptBuilder(tokenizer, task)
         prompts = sample_prompts(builder, splits.test, splits.demonstrations, corpus.DEMO_K, seed=0)
-        result = evaluate(model, prompts, progress=not options.quiet)
+        result = evaluate(model, prompts, progress=not options.quiet, **recipe.attention)
         console.print(f"{task.name}: accuracy {result.accuracy:.1%} ± {result.accuracy_stderr:.1%}, n={result.n}")
 
 
-def _next_token_losses(model: LlamaForCausalLM, ids: Tensor, targets: Tensor) -> Tensor:
-    logits = model(ids, use_cache=False).logits[:, :-1]
-    return nn.functional.cross_entropy(logits.transpose(1, 2), targets[:, 1:], ignore_index=_IGNORE, reduction="none")
+def next_token_losses(model: LlamaForCausalLM, recipe: Recipe, ids: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of each token but the first, (B, N − 1), in nats; 0 where there is no target."""
+    logits = model(ids, use_cache=False, **recipe.attention).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.transpose(1, 2), targets[:, 1:], ignore_index=IGNORE, reduction="none")
 
 
-def _repeat_loss(model: LlamaForCausalLM, rng: random.Random, count: int, length: int) -> Tensor:
-    ids, targets = (x.to(model.device) for x in repeated_sequences(rng, count, length, model.config.vocab_size))
-    return _next_token_losses(model, ids, targets).sum() / (targets != _IGNORE).sum()
+def _repeat_loss(model: LlamaForCausalLM, recipe: Recipe, rng: random.Random, count: int) -> Tensor:
+    sequences = repeated_sequences(rng, count, recipe.repeat_length, model.config.vocab_size)
+    ids, targets = (tensor.to(model.device) for tensor in sequences)
+    return next_token_losses(model, recipe, ids, targets).sum() / (targets != IGNORE).sum()
 
 
 def _step(

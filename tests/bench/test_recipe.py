@@ -51,6 +51,10 @@ def test_same_seed_same_weights(tmp_path):
     assert not torch.equal(first, weights(tmp_path / "third", "--seed", "1"))
 
 
+def test_momentum_changes_what_is_learned(tmp_path):
+    assert not torch.equal(weights(tmp_path / "plain"), weights(tmp_path / "momentum", "--momentum", "0.1"))
+
+
 def test_a_stage_ends_by_its_loss(tmp_path):
     once = weights(tmp_path / "once", "--prompt_steps", "1", "--repeat_steps", "1")
     by_loss = weights(tmp_path / "by_loss", "--prompt_loss", "100", "--repeat_loss", "100")
@@ -108,6 +112,7 @@ def test_lengths_of_texts():
         (["--hidden_size", "30"], "must be a multiple of"),
         (["--prompt_steps", "-1"], "prompt_steps must be 0 or more"),
         (["--warmup_steps", "-1"], "warmup_steps must be 0 or more"),
+        (["--momentum", "1.5"], "momentum must lie between 0 and 1, got 1.5"),
         (["--device", "tpu"], "--device 'tpu' is not there"),
         (["--save_dtype", "int8"], "--save_dtype must be"),
         (["--threads", "0"], "--threads must be 1 or more"),
