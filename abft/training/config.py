@@ -81,8 +81,16 @@ class ABFTConfig(TrainingOptions, TrainingArguments):  # type: ignore[misc]  # l
     def _check_passes(self) -> None:
         """Complete the options of a pass; raise ValueError for those that exclude each other."""
         self.tokens_per_batch = _token_limit(self.tokens_per_batch)
+        # transformers 5.24 renamed these two, and warns of the old names.
+        renamed = {f"gradient_{name}": f"activation_{name}" for name in ("checkpointing", "checkpointing_kwargs")}
+        for old, new in renamed.items():
+            if getattr(self, new, None) is not None:
+                setattr(self, old, getattr(self, new))
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}  # reentrant loses the masses' gradients
+        for old, new in renamed.items():
+            if hasattr(self, new):
+                setattr(self, new, getattr(self, old))
         for name in ("gradient_checkpointing", "offload_activations", "fp16", "torch_compile"):
             if self.restricted_gradient and getattr(self, name):
                 raise ValueError(

@@ -1,6 +1,7 @@
 """The size of a pass that is chosen by itself: what fits, and what is quick."""
 
 import json
+from dataclasses import fields
 from types import SimpleNamespace
 
 import psutil
@@ -12,6 +13,7 @@ from trainers import LABEL_LOOKERS, arguments, state_of, trained, trainer_of
 from transformers import AutoModelForCausalLM
 
 from abft.training import pass_tokens as passes
+from abft.training.config import ABFTConfig
 from abft.training.plan import plan
 
 WIDE = {"vocab_size": 500, "max_position_embeddings": 4096, "tie_word_embeddings": False}
@@ -92,3 +94,19 @@ def test_a_resumed_run_keeps_the_size_of_its_passes(toy_prompts, toy_builder, tm
     assert resumed.data_collator.tokens_per_batch == passes.MOST_ON_CPU
     for name, value in state_of(whole).items():
         assert torch.equal(value, state_of(resumed)[name]), name
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_by_either_of_its_names(name, tmp_path):
+    """transformers 5.24 renamed the option; no run warns of it, and both names say the same."""
+    known = {option.name for option in fields(ABFTConfig)}
+    if name not in known:
+        pytest.skip("this transformers has one name")
+    args = arguments(tmp_path, **{name: True})
+    values = [getattr(args, both) for both in ("gradient_checkpointing", "activation_checkpointing") if both in known]
+    assert all(values)
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert not arguments(tmp_path).gradient_checkpointing
+    with pytest.raises(ValueError, match="gradient_checkpointing=True does not go with it"):
+        arguments(tmp_path, restricted_gradient=True, **{name: True})
