@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from abft.evaluation.batching import evaluation_mode, length_sorted_batches
+from abft.evaluation.label_attention import HeadStatistics, HeadSums
 from abft.evaluation.retrieval import TargetEvaluation, read_targets
 from abft.models.attention import is_enabled
-from abft.models.masses import forward
+from abft.models.masses import forward, forward_with_mass
 from abft.models.mixed_precision import exactly
 from abft.prompts.builder import Prompt, PromptSet
-from abft.prompts.collation import MODEL_INPUTS, Collator
+from abft.prompts.collation import MASS_INPUTS, MODEL_INPUTS, Collator
 from abft.prompts.targets import AttentionTarget
 
 
@@ -139,6 +140,18 @@ def label_logits(
         NotImplementedError: the model is not one decoder and one head, or has a head other than a plain
             ``nn.Linear``, a scaling of its logits that is not known here, or PEFT prompt tokens.
     """
+    return _logits_and_masses(model, batch, label_token_ids, forward, MODEL_INPUTS, arguments)[0]
+
+
+def _logits_and_masses(
+    model: PreTrainedModel | PeftModel,
+    batch: Mapping[str, Tensor],
+    label_token_ids: Sequence[int],
+    run: Callable[..., Any],
+    names: Sequence[str],
+    arguments: Mapping[str, Any],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the logits, and what `run(decoder, …)` of the batch's entries `names` leaves in `attentions`."""
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise NotImplementedError(f"PEFT's {model.peft_type} adds prompt tokens; evaluate LoRA or merged weights")
     if arguments and not is_enabled(model):
@@ -160,8 +173,9 @@ def label_logits(
             f"{', '.join(name for name, _ in causal_lm.named_children())}; load it as AutoModelForCausalLM"
         )
     decoder = parts[0]
-    inputs = {name: batch[name].to(causal_lm.device) for name in MODEL_INPUTS if name in batch}
-    hidden = forward(decoder, **inputs, **arguments).last_hidden_state
+    inputs = {name: batch[name].to(causal_lm.device) for name in names if name in batch}
+    outputs = run(decoder, **inputs, **arguments)
+    hidden = outputs.last_hidden_state
     rows = batch["query_positions"][..., None].to(hidden.device)
     query = hidden.take_along_dim(rows, dim=1).squeeze(1).to(head.weight.device)
 
@@ -169,7 +183,8 @@ def label_logits(
     bias = None if head.bias is None else head.bias[ids].float()
     with exactly(head.weight.device):
         logits = nn.functional.linear(query.float(), head.weight[ids].float(), bias)
-    return _transform_logits(logits, causal_lm.config.get_text_config())
+    logits = _transform_logits(logits, causal_lm.config.get_text_config())
+    return logits, outputs.attentions or ()
 
 
 @overload
@@ -231,14 +246,39 @@ def evaluate(
     return read_targets(model, samples, batch_size, progress)
 
 
+def evaluate_with_heads(
+    model: PreTrainedModel | PeftModel, prompts: PromptSet, *, batch_size: int = 32, progress: bool = True
+) -> tuple[Evaluation, HeadStatistics]:
+    """Evaluate the model on prompts, and read what its heads look at, in one pass.
+
+    Args:
+        model: as for :func:`evaluate`, on the `"abft"` attention.
+        prompts, batch_size, progress: as there.
+
+    Raises:
+        ValueError, NotImplementedError: as there, or a model on another attention.
+    """
+    heads = HeadSums()
+    return _classify(model, prompts, batch_size, progress, {}, heads), heads.statistics()
+
+
 def _classify(
-    model: PreTrainedModel | PeftModel, prompts: PromptSet, batch_size: int, progress: bool, arguments: dict[str, Any]
+    model: PreTrainedModel | PeftModel,
+    prompts: PromptSet,
+    batch_size: int,
+    progress: bool,
+    arguments: dict[str, Any],
+    heads: HeadSums | None = None,
 ) -> Evaluation:
+    run, names = (forward, MODEL_INPUTS) if heads is None else (forward_with_mass, MASS_INPUTS)
     logits = torch.empty(len(prompts), len(prompts.label_token_ids))
     collate = Collator(prompts.pad_token_id)
     with evaluation_mode(model):
         for indices, batch in length_sorted_batches(prompts, collate, batch_size, "Evaluating", progress):
-            logits[indices] = label_logits(model, batch, prompts.label_token_ids, **arguments).cpu()
+            found, masses = _logits_and_masses(model, batch, prompts.label_token_ids, run, names, arguments)
+            logits[indices] = found.cpu()
+            if heads is not None:
+                heads.add(masses, batch)
     if bad := (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist():
         raise ValueError(
             f"label logits of {len(bad)} of {len(prompts)} prompts are not finite, first prompt {bad[0]}: "

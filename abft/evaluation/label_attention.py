@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from abft.models.masses import forward_with_mass
 from abft.prompts.collation import MASS_INPUTS, Collator, padding_id
 from abft.prompts.targets import AttentionTarget
 
-__all__ = ["HeadStatistics", "head_statistics", "read_heads"]
+__all__ = ["HeadStatistics", "HeadSums", "head_statistics", "read_heads"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,28 @@ class HeadStatistics:
         """Return plain numbers and nested lists, for JSON."""
         tensors = {name: value.tolist() for name, value in vars(self).items() if isinstance(value, Tensor)}
         return {"induction_heads": self.induction_heads, **tensors, "correct_share": self.correct_share.tolist()}
+
+
+class HeadSums:
+    """Adds up the attention of heads batch by batch."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._samples = 0
+
+    def add(self, masses: Sequence[Tensor], batch: Mapping[str, Tensor]) -> None:
+        """Add the masses of a batch, one `(B, H, R, 2)` per layer; `batch` holds the collator's entries."""
+        device = batch["row_weights"].device
+        stacked = torch.stack([mass.to(device) for mass in masses])  # [L, B, H, R, 2]
+        selected = induction_heads(stacked, batch["demonstrations"], batch["prompt_lengths"])
+        per_row = torch.cat([selected[..., None].to(stacked.dtype), stacked], dim=-1)
+        self._sums.append((per_row * batch["row_weights"][:, None, :, None]).sum(dim=(1, 3)).cpu())
+        self._samples += stacked.shape[1]
+
+    def statistics(self) -> HeadStatistics:
+        """Return the means over the samples so far."""
+        rate, positive, negative = (torch.stack(self._sums).sum(0) / self._samples).float().unbind(-1)
+        return HeadStatistics(rate, positive, negative, rate.sum().item())
 
 
 def head_statistics(
@@ -93,16 +115,12 @@ def read_heads(
         on_logits: called with the indices of a batch's samples and its logits `(B, vocabulary)`.
     """
     device = next(model.parameters()).device
-    sums: list[Tensor] = []
+    heads = HeadSums()
     with evaluation_mode(model):
         for indices, batch in length_sorted_batches(samples, collate, batch_size, "Reading heads", progress):
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             outputs = forward_with_mass(model, **{name: inputs[name] for name in MASS_INPUTS if name in inputs})
             if on_logits is not None:
                 on_logits(indices, outputs.logits[:, -1])
-            masses = torch.stack([mass.to(device) for mass in outputs.attentions])  # [L, B, H, R, 2]
-            selected = induction_heads(masses, inputs["demonstrations"], inputs["prompt_lengths"])
-            per_row = torch.cat([selected[..., None].to(masses.dtype), masses], dim=-1)
-            sums.append((per_row * inputs["row_weights"][:, None, :, None]).sum(dim=(1, 3)).cpu())
-    rate, positive, negative = (torch.stack(sums).sum(0) / len(samples)).float().unbind(-1)
-    return HeadStatistics(rate, positive, negative, rate.sum().item())
+            heads.add(outputs.attentions, inputs)
+    return heads.statistics()

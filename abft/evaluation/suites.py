@@ -26,8 +26,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from abft.evaluation.classification import Evaluation, evaluate
-from abft.evaluation.label_attention import head_statistics
+from abft.evaluation.classification import Evaluation, evaluate, evaluate_with_heads
 from abft.evaluation.metrics import calibrate, consistency, distribution_bias, gler, posterior_bias, staicc_metrics
 from abft.evaluation.staicc import StaICCRandom, TaskData, template_variants
 from abft.prompts.builder import Prompt, PromptBuilder, PromptSet
@@ -256,9 +255,9 @@ class TaskSuite:
         shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         results: dict[str, dict[str, Any]] = {}
         if {"Normal", CALIBRATION} & set(tests):
-            normal = evaluate(model, self.normal, **shared)
+            normal, heads = self._with_heads(model, self.normal, shared)
             if "Normal" in tests:
-                results |= self._normal_results(model, normal, shared)
+                results |= {"Normal": self._normal_results(normal), **({"heads": heads} if heads else {})}
             if CALIBRATION in tests:
                 prior = evaluate(model, self.calibration_prompts(), **shared).probabilities.mean(dim=0)
                 calibrated = calibrate(normal.probabilities, prior)
@@ -276,14 +275,23 @@ class TaskSuite:
                 results |= make(model, shared)
         return results
 
-    def _normal_results(self, model: Any, normal: Evaluation, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    def _normal_results(self, normal: Evaluation) -> dict[str, Any]:
         found = {**_plain(normal), "posterior_bias": posterior_bias(normal.probabilities, normal.labels)}
-        if self.staicc_compat:
-            return {"Normal": {**found, "staicc": staicc_metrics(normal)}}
-        return {"Normal": found, **self._heads("heads", model, self.normal, shared)}
+        return {**found, "staicc": staicc_metrics(normal)} if self.staicc_compat else found
 
-    def _heads(self, name: str, model: Any, prompts: PromptSet, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        return {name: head_statistics(model, prompts[:HEAD_PROMPTS], **shared).to_dict()} if self.k else {}
+    def _with_heads(
+        self, model: Any, prompts: PromptSet, shared: dict[str, Any]
+    ) -> tuple[Evaluation, dict[str, Any] | None]:
+        """Evaluate the prompts, and read the heads on the first ones of them if there are demonstrations."""
+        if not self.k or self.staicc_compat:
+            return evaluate(model, prompts, **shared), None
+        first, heads = evaluate_with_heads(model, prompts[:HEAD_PROMPTS], **shared)
+        if len(prompts) <= HEAD_PROMPTS:
+            return first, heads.to_dict()
+        rest = evaluate(model, prompts[HEAD_PROMPTS:], **shared)
+        return Evaluation.from_probabilities(
+            torch.cat([first.probabilities, rest.probabilities]), torch.cat([first.labels, rest.labels])
+        ), heads.to_dict()
 
     def _template_results(self, model: Any, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {"TempSensitivity": _sensitivity([evaluate(model, prompts, **shared) for prompts in self.templates()])}
@@ -312,11 +320,8 @@ class TaskSuite:
         }
 
     def _unseen_results(self, model: Any, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        prompts = self.unseen()
-        return {
-            "Unseen": _plain(evaluate(model, prompts, **shared)),
-            **self._heads("unseen_heads", model, prompts, shared),
-        }
+        found, heads = self._with_heads(model, self.unseen(), shared)
+        return {"Unseen": _plain(found), **({"unseen_heads": heads} if heads else {})}
 
     def _zero_shot_results(self, model: Any, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {"ZeroShot": {**_plain(evaluate(model, self.zero_shot(), **shared)), "draws": 1}}

@@ -6,6 +6,7 @@ head, nothing after the last layer's scores, and on request each layer's mass is
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,8 @@ def forward_with_mass(
 ) -> Any:
     """Return `model(...)` with `outputs.attentions` holding the masses of every layer; logits of one position only.
 
+    The model may be a decoder without its head.
+
     Args:
         model, key_groups, query_positions: as for :func:`attention_mass`.
         num_key_groups: G.
@@ -111,7 +114,9 @@ def forward(model: nn.Module, **arguments: Any) -> Any:
 
 def _outputs_with_mass(model: nn.Module, inputs: Inputs, request: MassRequest, others: dict[str, Any]) -> Any:
     inner = _ready(model)
-    options = {"output_attentions": True, "use_cache": False, "logits_to_keep": 1, **others}
+    options = {"output_attentions": True, "use_cache": False, **others}
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:  # a decoder without its head has no logits
+        options = {"logits_to_keep": 1, **options}
     with computing(model):
         outputs = model(**inputs.keywords(model), **request._asdict(), **options)
     masses = getattr(outputs, "attentions", None) or ()

@@ -5,14 +5,18 @@ import random
 import pytest
 import torch
 from rich.console import Console
+from tiny_models import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
+from trainers import LABEL_LOOKERS
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from abft.evaluation.batching import evaluation_mode, length_sorted_batches
+from abft.evaluation.classification import evaluate, evaluate_with_heads
 from abft.evaluation.label_attention import HeadStatistics, head_statistics
 from abft.files import save_figure
 from abft.losses import induction_threshold
-from abft.models.attention import enable
+from abft.models.attention import enable, transformer_of
+from abft.models.projections import lora_qk
 from abft.plots import accuracy_figure, head_figure, metrics_table, training_figure
 from abft.prompts.builder import PromptBuilder, sample_prompts
 from abft.prompts.collation import Collator
@@ -151,3 +155,27 @@ def test_figures_show_the_numbers(tmp_path):
     assert len(training_figure([{"step": 1, "loss": 1.0}]).axes) == 1  # E2E logs no heads
     save_figure(figure, tmp_path / "a" / "figure.png")
     assert (tmp_path / "a" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma2", "adapters"])
+def test_heads_come_with_the_evaluation(kind, toy_prompts):
+    """One pass gives what an evaluation and a reading of the heads give, on a decoder without its head too."""
+    model = enable(tiny("llama" if kind == "adapters" else kind, **LABEL_LOOKERS))
+    if kind == "adapters":
+        model = lora_qk(model)
+    passes = []
+    transformer_of(model).base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    found, heads = evaluate_with_heads(model, toy_prompts, batch_size=16, progress=False)
+    assert len(passes) == -(-len(toy_prompts) // 16)
+    torch.testing.assert_close(
+        found.probabilities, evaluate(model, toy_prompts, progress=False).probabilities, atol=1e-5, rtol=1e-5
+    )
+    alone = head_statistics(model, toy_prompts, progress=False)
+    for name in ("induction_rate", "mass_correct", "mass_wrong"):
+        torch.testing.assert_close(getattr(heads, name), getattr(alone, name), atol=1e-5, rtol=1e-5)
+    assert heads.mass_wrong.sum() > 0.1
+
+
+def test_heads_need_the_attention(toy_prompts):
+    with pytest.raises(ValueError, match=r"attn_implementation='sdpa'; call abft\.enable"):
+        evaluate_with_heads(tiny("llama"), toy_prompts, progress=False)
