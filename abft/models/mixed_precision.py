@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from abft.models.attention import transformer_of
 from abft.models.projections import TrainedParameter, first_projections
@@ -46,7 +47,7 @@ def float32_masters(model: nn.Module, trained: Sequence[TrainedParameter], devic
             "with dtype=float32"
         )
     for parameter in masters:
-        parameter.data = parameter.data.float()
+        _cast(parameter, torch.float32)
     if torch.float16 in half:
         warnings.warn(
             "the float16 base was converted to bfloat16, because gradients underflow in float16; evaluate what is "
@@ -55,7 +56,18 @@ def float32_masters(model: nn.Module, trained: Sequence[TrainedParameter], devic
         )
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.dtype == torch.float16:
-                tensor.data = tensor.data.bfloat16()
+                _cast(tensor, torch.bfloat16)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> None:
+    """Change the dtype in place; a tensor that is split over processes takes no other data."""
+    if not isinstance(tensor, DTensor):
+        tensor.data = tensor.data.to(dtype)
+        return
+    cast: Tensor = tensor.detach().to(dtype)
+    if isinstance(tensor, nn.Parameter):
+        cast = nn.Parameter(cast, tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, cast)
 
 
 def computing(model: nn.Module) -> AbstractContextManager[Any]:

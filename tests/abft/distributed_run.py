@@ -33,11 +33,11 @@ def main(folder: Path) -> None:
         if args.fsdp or args.tensor_parallel_size > 1:
             # accelerate gives these engines to GPUs only; the engines themselves run on gloo.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        model = tiny(run["kind"], spread=0.7)
+        model = tiny(run["kind"], spread=0.7).to(getattr(torch, run["dtype"]))
         if args.tensor_parallel_size > 1:
             model.save_pretrained(folder / "base", is_main_process=args.process_index == 0)
             torch.distributed.barrier()
-            model = AutoModelForCausalLM.from_pretrained(folder / "base", tp_plan="auto")
+            model = AutoModelForCausalLM.from_pretrained(folder / "base", tp_plan="auto", dtype="auto")
         trainer = ABFTTrainer(model, args, prompts)
         trainer.train(resume_from_checkpoint=run.get("resume"))
         trainer.save_model(str(folder / "final" / run["name"]))

@@ -45,6 +45,11 @@ RUNS: dict[str, tuple[str, dict]] = {
     "fsdp": ("llama", {**FSDP, **SAVED}),
     "fsdp_resumed": ("llama", {**FSDP, "resume": "fsdp/checkpoint-2"}),
     "fsdp_lora": ("llama", {**FSDP, "lora": True}),
+    "bfloat16": ("llama", {"dtype": "bfloat16"}),
+    "bfloat16_e2e": ("llama", {"dtype": "bfloat16", "method": "e2e"}),
+    "bfloat16_tensor_parallel": ("llama", {"dtype": "bfloat16", "tensor_parallel_size": 2}),
+    "bfloat16_fsdp": ("llama", {"dtype": "bfloat16", **FSDP}),
+    "bfloat16_fsdp_lora": ("llama", {"dtype": "bfloat16", **FSDP, "lora": True}),
 }
 
 
@@ -74,21 +79,47 @@ def folder(toy_prompts, toy_builder, tmp_path_factory):
     runs = []
     for name, (kind, options) in RUNS.items():
         options = dict(options)
-        resume = options.pop("resume", None)
+        resume, dtype = options.pop("resume", None), options.pop("dtype", "float32")
         resume = resume and str(folder / "output" / resume)
-        runs.append({"name": name, "kind": kind, "resume": resume, "options": {**shared, **options}})
+        runs.append({"name": name, "kind": kind, "dtype": dtype, "resume": resume, "options": {**shared, **options}})
     (folder / "runs.json").write_text(json.dumps(runs))
     torchrun(HELPERS / "distributed_run.py", str(folder))
     return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
+ROUNDED = "bfloat16_tensor_parallel"  # partial sums of each process in 16 bits
+
+
+def test_split_heads_in_16_bits_take_the_same_way(folder, toy_prompts, toy_builder, tmp_path):
+    model = tiny("llama", spread=0.7).to(torch.bfloat16)
+    start = {name: tensor.detach().float().clone() for name, tensor in model.named_parameters()}
+    one = trained(model, toy_prompts, toy_builder, tmp_path, num_train_epochs=2)
+    two = torch.load(folder / f"{ROUNDED}.pt")
+    assert two["sharded"] > 0
+    losses = [[e["loss"] for e in log if "loss" in e] for log in (two["log"], one.state.log_history)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=5e-3)
+    trained_names = {item.name for item in one.trained}
+    ways = [
+        torch.cat([(weights[name].detach().float() - start[name]).flatten() for name in sorted(trained_names)])
+        for weights in (two["weights"], dict(model.named_parameters()))
+    ]
+    assert torch.cosine_similarity(*ways, dim=0) > 0.95
+    assert {two["weights"][name].dtype for name in trained_names} == {torch.float32}
+    rest = two["weights"].keys() - trained_names
+    assert all(torch.equal(two["weights"][name], start[name].to(torch.bfloat16)) for name in rest)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != ROUNDED])
 def test_two_processes_equal_one(name, folder, toy_prompts, toy_builder, tmp_path):
     kind, options = RUNS[name]
     alone = {
-        key: value for key, value in options.items() if key not in (*FSDP, *SAVED, "resume", "tensor_parallel_size")
+        key: value
+        for key, value in options.items()
+        if key not in (*FSDP, *SAVED, "resume", "tensor_parallel_size", "dtype")
     }
-    one = trained(tiny(kind, spread=0.7), toy_prompts, toy_builder, tmp_path, num_train_epochs=2, **alone)
+    dtype = getattr(torch, options.get("dtype", "float32"))
+    one = trained(tiny(kind, spread=0.7).to(dtype), toy_prompts, toy_builder, tmp_path, num_train_epochs=2, **alone)
     two = torch.load(folder / f"{name}.pt")
     assert two["world"] == 2
     assert two["steps"] == (
