@@ -23,14 +23,24 @@ every head that passes the filter to look at labels, right or wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["ABFTLoss", "HeadCountController", "abft_loss", "induction_heads", "induction_threshold", "share_loss"]
+__all__ = [
+    "ABFTLoss",
+    "HeadCountController",
+    "MassAwardController",
+    "abft_loss",
+    "check_mass_award",
+    "induction_heads",
+    "induction_threshold",
+    "share_loss",
+]
 
 Adaption = Literal["PID", "P", "none"]
 
@@ -233,9 +243,9 @@ def _check_shapes(masses: Tensor, counts: tuple[Tensor, Tensor, Tensor], row_wei
 
 @dataclass
 class HeadCountController:
-    """A controller that steers the penalty A by the number of induction heads (Eq. 3), once per optimizer step.
+    """A controller that steers a weight of the loss by the number of induction heads, once per optimizer step.
 
-    With n̄_t the mean induction-head count per prompt of step t, for t > 2:
+    As the paper has it (Eq. 3) the weight is A. With n̄_t the mean induction-head count per prompt of step t, for t > 2:
 
         A_t = A_{t−1} + Cp(n̄_t − n̄_{t−1}) + Ci(n̄_t − n̄_1) + Cd(n̄_t − 2n̄_{t−1} + n̄_{t−2}),   A ≥ 0
 
@@ -245,11 +255,16 @@ class HeadCountController:
     A moves in proportion to the number of heads: a model with a tenth of them moves it by a tenth. With `relative` the
     counts enter as shares of the first one, n̄_t / n̄_1, and the gains do not depend on that number.
 
+    Args:
+        weight: its first value.
+        adaption, proportional, integral, derivative, relative: as above.
+        head_counts: n̄_1, …, n̄_t.
+
     Raises:
-        ValueError: an unknown adaption, or a negative A.
+        ValueError: an unknown adaption, or a weight out of its range.
     """
 
-    wrong_penalty: float = 0.5
+    weight: float = 0.5
     adaption: Adaption = "PID"
     proportional: float = 0.03
     integral: float = 0.005
@@ -257,19 +272,24 @@ class HeadCountController:
     relative: bool = False
     head_counts: list[float] = field(default_factory=list)
 
+    # A subclass may steer another weight: one that rises as heads vanish, or has a highest value.
+    NAME: ClassVar[str] = "A"
+    SIGN: ClassVar[float] = 1.0
+    HIGHEST: ClassVar[float] = math.inf
     # Below this share of its first value the count is called collapsed.
-    COLLAPSE = 0.1
+    COLLAPSE: ClassVar[float] = 0.1
     # From this share on it is called healthy.
-    HEALTHY = 0.5
+    HEALTHY: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:
         if self.adaption not in ("PID", "P", "none"):
             raise ValueError(f"adaption must be 'PID', 'P' or 'none', got {self.adaption!r}")
-        if self.wrong_penalty < 0:
-            raise ValueError(f"A must not be negative, got {self.wrong_penalty}")
+        if not 0 <= self.weight <= self.HIGHEST:
+            bound = "not be negative" if math.isinf(self.HIGHEST) else f"lie from 0 to {self.HIGHEST:g}"
+            raise ValueError(f"{self.NAME} must {bound}, got {self.weight}")
 
     def update(self, head_count: float) -> float:
-        """Record n̄_t and return A for the next step."""
+        """Record n̄_t and return the weight for the next step."""
         self.head_counts.append(float(head_count))
         if self.adaption != "none" and len(self.head_counts) > 2:
             before, last, now = self.head_counts[-3:]
@@ -279,8 +299,8 @@ class HeadCountController:
                 step += self.derivative * (now - 2 * last + before)
             if self.relative:
                 step /= max(self.head_counts[0], 1e-6)
-            self.wrong_penalty = max(0.0, self.wrong_penalty + step)
-        return self.wrong_penalty
+            self.weight = min(self.HIGHEST, max(0.0, self.weight + self.SIGN * step))
+        return self.weight
 
     @property
     def collapsed(self) -> bool:
@@ -293,10 +313,18 @@ class HeadCountController:
         return bool(self.head_counts) and self.head_counts[-1] >= self.HEALTHY * self.head_counts[0]
 
     def state_dict(self) -> dict[str, float | list[float]]:
-        """Return A and the counts as plain data."""
-        return {"wrong_penalty": self.wrong_penalty, "head_counts": list(self.head_counts)}
+        """Return the weight and the counts as plain data."""
+        return {"weight": self.weight, "head_counts": list(self.head_counts)}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self.wrong_penalty = float(state["wrong_penalty"])
+        self.weight = float(state["weight"])
         self.head_counts = [float(count) for count in state["head_counts"]]
+
+
+class MassAwardController(HeadCountController):
+    """The same for κ of :func:`share_loss`: it rises as heads vanish and falls as they multiply, within 0 … 1."""
+
+    NAME: ClassVar[str] = "mass_award"
+    SIGN: ClassVar[float] = -1.0
+    HIGHEST: ClassVar[float] = 1.0

@@ -83,15 +83,20 @@ def head_figure(before: HeadStatistics, after: HeadStatistics, names: tuple[str,
     return figure
 
 
+def _steered(steps: Sequence[Mapping[str, float]]) -> tuple[str, str, str]:
+    """Return the curve of the weight that is steered by the number of heads."""
+    return "mass_award" if "mass_award" in steps[-1] else "wrong_penalty", ORANGE, "--"
+
+
 def training_figure(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Draw induction heads and A, masses, and loss over the steps of a run (`trainer.state.log_history`)."""
+    """Draw induction heads and A (or κ), masses, and loss over the steps of a run (`trainer.state.log_history`)."""
     steps = [entry for entry in history if "loss" in entry]
     x = [entry["step"] for entry in steps]
     panels: list[tuple[str, list[tuple[str, str, str]]]] = [("loss", [("loss", BLUE, "-")])]
     if steps and "induction_heads" in steps[-1]:
         panels += [
             ("mass per induction head", [("mass_correct", BLUE, "-"), ("mass_wrong", ORANGE, "--")]),
-            ("per prompt", [("induction_heads", BLUE, "-"), ("wrong_penalty", ORANGE, "--")]),
+            ("per prompt", [("induction_heads", BLUE, "-"), _steered(steps)]),
         ]
     figure, axes = new_figure(3.2 * len(panels), 2.6, len(panels), squeeze=False)
     for axis, (label, series) in zip(axes[0], panels, strict=True):

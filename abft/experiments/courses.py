@@ -22,6 +22,7 @@ PANELS = {
     "loss": "loss, first step = 1",
     "induction_heads": "induction heads per prompt",
     "wrong_penalty": "A",
+    "mass_award": "κ",
     "mass_correct": "mass on correct labels",
     "mass_wrong": "mass on wrong labels",
 }

@@ -141,6 +141,8 @@ _NOT_SETTINGS = {
     "keep_weights",
     "quiet",
 }
+# With adapters the dtype of the base is another.
+_OF_TRAINING = {option.name for option in fields(TrainingOptions)} - {"lora"}
 PROTOCOL = 2
 """Raise it when a method or the prompts of a test come to mean something else: earlier runs are then refused."""
 # A run that was stored before an option existed was made with its default.
@@ -292,6 +294,9 @@ class Experiment:
         return found
 
     def _settings_of(self, key: RunKey) -> dict[str, Any]:
+        """Return what the results of the run depend on: those of the untrained model on no training option."""
+        if not METHODS[key.method].trained:
+            return {name: value for name, value in self.settings.items() if name not in _OF_TRAINING}
         return {**self.settings, "learning_rate": self.rates.get(key.method, self.settings["learning_rate"])}
 
     def run(self) -> list[Run]:

@@ -20,11 +20,12 @@ class TrainingOptions:
         pseudo_batch_size: prompts whose gradients are averaged for one optimizer step, over all processes.
         wrong_penalty: A, weight of the mass on wrong labels; its first value if it is adapted.
         correct_award: B, weight of the mass missing on correct labels.
-        adaption: what steers A by the number of induction heads: `"PID"`, `"P"` or `"none"`.
+        adaption: what steers A, or κ of the share loss, by the number of induction heads: `"PID"`, `"P"` or `"none"`.
         pid_proportional, pid_integral, pid_derivative: its factors Cp, Ci, Cd.
         pid_relative: the head counts enter as shares of the first one, so that the factors fit models of any size.
         unmatched_weight: weight of prompts in which no demonstration carries the gold label; 1 in the paper.
-        mass_award: with the share loss, κ of the award −κ·log S, which keeps attention on labels up.
+        mass_award: with the share loss, κ of the award −κ·log S, which keeps attention on labels up; its first value if
+            it is adapted.
         mass_floor: with the share loss, λ of the penalty λ·max(0, T − S) on heads with S > T/2.
         head_filter: train induction heads only.
         per_head_mean: divide a prompt's loss by its number of induction heads.
@@ -47,7 +48,7 @@ class TrainingOptions:
     pseudo_batch_size: int = field(default=32, metadata={"help": "prompts averaged for one optimizer step"})
     wrong_penalty: float = field(default=0.5, metadata={"help": "A: weight of the mass on wrong labels"})
     correct_award: float = field(default=1.0, metadata={"help": "B: weight of the mass missing on correct labels"})
-    adaption: Adaption = field(default="PID", metadata={"help": "what steers A: PID, P or none"})
+    adaption: Adaption = field(default="PID", metadata={"help": "what steers A or the award: PID, P or none"})
     pid_proportional: float = field(default=0.03, metadata={"help": "Cp"})
     pid_integral: float = field(default=0.005, metadata={"help": "Ci"})
     pid_derivative: float = field(default=0.005, metadata={"help": "Cd"})

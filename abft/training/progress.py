@@ -39,7 +39,7 @@ class TrainingProgress(TrainerCallback):
         self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        names = {"loss": "loss", "induction_heads": "heads", "wrong_penalty": "A"}
+        names = {"loss": "loss", "induction_heads": "heads", "wrong_penalty": "A", "mass_award": "κ"}
         figures = [f"{short} {logs[name]:.3g}" for name, short in names.items() if name in (logs or {})]
         if figures:
             self.progress.update(self.task, figures="  ".join(figures))

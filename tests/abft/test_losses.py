@@ -6,7 +6,14 @@ import math
 import pytest
 import torch
 
-from abft.losses import HeadCountController, abft_loss, induction_heads, induction_threshold, share_loss
+from abft.losses import (
+    HeadCountController,
+    MassAwardController,
+    abft_loss,
+    induction_heads,
+    induction_threshold,
+    share_loss,
+)
 
 # Two layers, two prompts, two heads; (correct, wrong) mass of each. Prompt 0 has 2 correct demonstrations of 4
 # and 55 tokens: T = 4 / (4 + ln 55) = 0.49954. Prompt 1 has none of 4, and 20 tokens: T = 0.57178.
@@ -140,7 +147,7 @@ def test_pid_by_hand():
     # t = 4: 0.38 + 0.03·0.5 + 0.005·(−0.5) + 0.005·(9.5 − 18 + 12) = 0.38 + 0.015 − 0.0025 + 0.0175 = 0.41
     # t = 5: 0.41 + 0.03·(−5.5) + 0.005·(−6) + 0.005·(4 − 19 + 9) = 0.41 − 0.165 − 0.03 − 0.03 = 0.185
     assert [controller.update(n) for n in COUNTS] == pytest.approx([0.5, 0.5, 0.38, 0.41, 0.185])
-    assert controller.wrong_penalty == pytest.approx(0.185)
+    assert controller.weight == pytest.approx(0.185)
     assert controller.head_counts == COUNTS
 
 
@@ -312,14 +319,26 @@ def test_award_out_of_range(award):
         share_of(mass_award=award)
 
 
+def test_award_is_steered_by_hand():
+    """κ rises as heads vanish, falls as they multiply, and stays within 0 … 1."""
+    controller = MassAwardController(0.1)
+    # t = 3: 0.1 − 0.03·(6 − 8) − 0.005·(6 − 10) − 0.005·(6 − 16 + 10) = 0.1 + 0.06 + 0.02 = 0.18
+    # t = 4: 0.18 − 0.03·14 − 0.005·10 − … < 0
+    assert [controller.update(n) for n in (10.0, 8.0, 6.0, 20.0)] == pytest.approx([0.1, 0.1, 0.18, 0.0])
+    assert controller.update(-100.0) == 1.0
+    assert [MassAwardController(0.4, "none").update(n) for n in (10.0, 8.0, 6.0)] == [0.4] * 3
+    with pytest.raises(ValueError, match=r"mass_award must lie from 0 to 1, got 1\.5"):
+        MassAwardController(1.5)
+
+
 def test_relative_counts_make_the_gains_independent_of_the_model():
     small, large = (HeadCountController(0.5, relative=True) for _ in range(2))
     for count in (4.0, 5.0, 3.0, 6.0):
         small.update(count)
         large.update(25 * count)
-    assert small.wrong_penalty == pytest.approx(large.wrong_penalty)
-    assert small.wrong_penalty != 0.5
+    assert small.weight == pytest.approx(large.weight)
+    assert small.weight != 0.5
     absolute = HeadCountController(0.5)
     for count in (1.0, 1.25, 0.75, 1.5):
         absolute.update(count)
-    assert small.wrong_penalty == pytest.approx(absolute.wrong_penalty)
+    assert small.weight == pytest.approx(absolute.weight)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abft.losses import ABFTLoss, HeadCountController, abft_loss, check_mass_award, share_loss
+from abft.losses import ABFTLoss, HeadCountController, MassAwardController, abft_loss, check_mass_award, share_loss
 from abft.training.objectives.objective import Batch, MassObjective, SampleLosses
 from abft.training.options import TrainingOptions
 
@@ -21,7 +21,7 @@ class _LabelMass(MassObjective):
     """A loss on the masses of label tokens, which counts induction heads; a subclass computes :meth:`loss`.
 
     Attributes:
-        controller: holds A and the induction heads per prompt of each step.
+        controller: holds the weight that is steered, A or κ, and the induction heads per prompt of each step.
     """
 
     def __init__(self, options: TrainingOptions) -> None:
@@ -31,7 +31,7 @@ class _LabelMass(MassObjective):
 
     @abstractmethod
     def make_controller(self, options: TrainingOptions) -> HeadCountController:
-        """Return what records the head counts, and steers A where there is one."""
+        """Return what records the head counts and steers a weight by them."""
 
     @abstractmethod
     def loss(self, masses: Sequence[Tensor], *counts: Tensor, **shared: Any) -> ABFTLoss:
@@ -108,14 +108,7 @@ class AttentionBehavior(_LabelMass):
     description = "attention mass on correct labels (the paper's loss)"
 
     def make_controller(self, options: TrainingOptions) -> HeadCountController:
-        return HeadCountController(
-            options.wrong_penalty,
-            options.adaption,
-            options.pid_proportional,
-            options.pid_integral,
-            options.pid_derivative,
-            options.pid_relative,
-        )
+        return HeadCountController(options.wrong_penalty, *_gains(options))
 
     @classmethod
     def plan_modes(cls) -> dict[str, bool]:
@@ -132,25 +125,25 @@ class AttentionBehavior(_LabelMass):
         return abft_loss(
             masses,
             *counts,
-            wrong_penalty=self.controller.wrong_penalty,
+            wrong_penalty=self.controller.weight,
             correct_award=self.options.correct_award,
             unmatched_weight=self.options.unmatched_weight,
             **shared,
         )
 
     def end_step(self, sums: Mapping[str, float], samples: float) -> dict[str, float]:
-        used_penalty = self.controller.wrong_penalty
+        used_penalty = self.controller.weight
         return {**super().end_step(sums, samples), "wrong_penalty": used_penalty}
 
 
 class LabelShare(_LabelMass):
-    """The share loss (:func:`abft.share_loss`): attention moves from wrong labels to correct ones."""
+    """The share loss (:func:`abft.share_loss`); a controller sets κ after each optimizer step."""
 
     name = "share"
     description = "share of correct labels in the attention on labels, -log(m+ / S) - 0.1 log S"
 
     def make_controller(self, options: TrainingOptions) -> HeadCountController:
-        return HeadCountController(0.0, "none")
+        return MassAwardController(options.mass_award, *_gains(options))
 
     @classmethod
     def check_options(cls, options: TrainingOptions) -> None:
@@ -160,5 +153,19 @@ class LabelShare(_LabelMass):
             raise ValueError(f"mass_floor must not be negative, got {options.mass_floor}")
 
     def loss(self, masses: Sequence[Tensor], *counts: Tensor, **shared: Any) -> ABFTLoss:
-        options = self.options
-        return share_loss(masses, *counts, mass_award=options.mass_award, mass_floor=options.mass_floor, **shared)
+        award, floor = self.controller.weight, self.options.mass_floor
+        return share_loss(masses, *counts, mass_award=award, mass_floor=floor, **shared)
+
+    def end_step(self, sums: Mapping[str, float], samples: float) -> dict[str, float]:
+        used_award = self.controller.weight
+        return {**super().end_step(sums, samples), "mass_award": used_award}
+
+
+def _gains(options: TrainingOptions) -> tuple[Any, ...]:
+    return (
+        options.adaption,
+        options.pid_proportional,
+        options.pid_integral,
+        options.pid_derivative,
+        options.pid_relative,
+    )

@@ -8,7 +8,7 @@ from tiny_models import tiny
 from trainers import LABEL_LOOKERS, assert_same_trajectory, losses, state_of, trained, trainer_of
 from transformers import TrainerCallback
 
-from abft.losses import share_loss
+from abft.losses import MassAwardController, share_loss
 from abft.models.attention import enable
 from abft.models.masses import attention_mass
 from abft.prompts.collation import MASS_INPUTS, Collator
@@ -27,6 +27,17 @@ def test_the_share_trains(toy_prompts, toy_builder, tmp_path):
     first, last = (sum(entry["loss"] for entry in some) for some in (entries[:2], entries[-2:]))
     assert last < 0.85 * first
     assert "wrong_penalty" not in entries[0]
+
+
+def test_its_award_follows_the_heads(toy_prompts, toy_builder, tmp_path):
+    changes = {"method": "share", "num_train_epochs": 4, "mass_award": 0.2, "learning_rate": 3e-3}
+    trainer = run(toy_prompts, toy_builder, tmp_path, **changes)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    controller = MassAwardController(0.2)
+    steered = [0.2, *(controller.update(entry["induction_heads"]) for entry in entries)]
+    assert [entry["mass_award"] for entry in entries] == pytest.approx(steered[:-1])
+    assert len(set(steered)) > 3
+    assert trainer.objective.controller.weight == pytest.approx(steered[-1])
 
 
 @pytest.mark.parametrize("award", [0.0, 0.1, 0.5])

@@ -37,7 +37,7 @@ def test_resume_continues_the_trajectory(kind, changes, step, toy_prompts, toy_b
     assert again.objective.state_dict() == whole.objective.state_dict()
     if "method" not in changes:
         assert len(whole.objective.controller.head_counts) == 6
-        assert whole.objective.controller.wrong_penalty != 0.5
+        assert whole.objective.controller.weight != 0.5
     mine, theirs = state_of(again), state_of(whole)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 

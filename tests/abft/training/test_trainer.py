@@ -171,7 +171,7 @@ def test_the_penalty_follows_the_controller(toy_prompts, toy_builder, tmp_path):
     assert len(set(penalties)) > 3
     # The count of a step sets the penalty of the next one.
     assert [entry["wrong_penalty"] for entry in entries] == pytest.approx(penalties[:-1])
-    assert trainer.objective.controller.wrong_penalty == pytest.approx(penalties[-1])
+    assert trainer.objective.controller.weight == pytest.approx(penalties[-1])
 
 
 def test_the_loss_takes_the_adapted_penalty(toy_prompts, toy_builder, tmp_path):
@@ -180,7 +180,7 @@ def test_the_loss_takes_the_adapted_penalty(toy_prompts, toy_builder, tmp_path):
     def loss(penalty, adapted=None):
         model = tiny("llama", **LABEL_LOOKERS)
         trainer = trainer_of(model, toy_prompts, toy_builder, tmp_path, wrong_penalty=penalty)
-        trainer.objective.controller.wrong_penalty = penalty if adapted is None else adapted
+        trainer.objective.controller.weight = penalty if adapted is None else adapted
         return trainer.compute_loss(model, batch).item()
 
     assert loss(0.5, adapted=2.0) == loss(2.0)
