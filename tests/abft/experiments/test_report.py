@@ -109,6 +109,13 @@ def test_time_with_checkpoints_of_earlier_runs_stands_apart(tmp_path):
     assert results.trained_parameters("e2e") is None
 
 
+def test_heads_table(tmp_path):
+    tests = {"heads": {"induction_heads": 2.25}}
+    tables = experiment_tables(Results(made(tmp_path, GOOD, abft=tests)))
+    (table,) = (table for table in tables if table.name.endswith("heads"))
+    assert table.rows == [["ABFT", "2.2", "2.2"]]
+
+
 def test_transfer_table(tmp_path):
     tables = {table.name.split("-")[-1]: table for table in experiment_tables(Results(made(tmp_path, GOOD)))}
     rows = {row[0]: row[1:] for row in tables["transfer"].rows}
