@@ -106,7 +106,7 @@ def training_courses(results: Results) -> dict[str, tuple[Figure, str]]:
     return {
         "training": (
             figure,
-            "Training: loss, induction heads per prompt, A, and the attention of induction heads on labels; "
+            "Training: loss, induction heads per prompt, A or κ, and the attention of induction heads on labels; "
             "mean over seeds, bands: one standard error. E2E logs its loss alone.",
         )
     }
