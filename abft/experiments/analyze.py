@@ -20,7 +20,7 @@ from abft.files import write_json
 from abft.models.loading import default_device, load_base, load_config, loading_arguments
 from abft.provenance import provenance
 
-__all__ = ["PARTS", "AnalyzeOptions", "analyze"]
+__all__ = ["ON_DEMAND", "PARTS", "AnalyzeOptions", "analyze"]
 
 PARTS = tuple(row.name for row in registry.ANALYSES)
 """Names of the analyses."""

@@ -22,7 +22,7 @@ from abft.experiments.analyses.icl_as_tuning import ImplicitOptions
 from abft.experiments.analyses.induction import InductionOptions
 from abft.experiments.analyses.last_row import LastRowOptions
 from abft.experiments.analyses.momentum_attention import MomentumOptions
-from abft.experiments.analyze import PARTS, AnalyzeOptions, analyze
+from abft.experiments.analyze import ON_DEMAND, PARTS, AnalyzeOptions, analyze
 from abft.experiments.comparison import compare_runs
 from abft.experiments.report import write_report
 from abft.experiments.report_tables import experiment_tables, overview_table
@@ -226,7 +226,7 @@ def test_compare(tmp_path, capsys):
 
 def test_analysis(analysed, monkeypatch):
     content = json.loads((analysed / "analysis.json").read_text())
-    assert set(content["parts"]) == set(PARTS)
+    assert set(content["parts"]) == set(PARTS) - set(ON_DEMAND)
     distance = content["parts"]["distance"]
     assert set(distance) == {"abft", "e2e"}
     # A layer after the last induction head does not change with ABFT.
@@ -312,7 +312,7 @@ def test_results_of_other_options_are_not_shown(analysed, tmp_path):
     content = json.loads((analysed / "analysis.json").read_text())
     del content["options"]["implicit"]["random_draws"]
     names = {row.name for row, _ in stored_parts(content)}
-    assert names == set(PARTS) - {"implicit"}
+    assert names == set(PARTS) - {"implicit", *ON_DEMAND}
     assert stored_parts(None) == []
 
 

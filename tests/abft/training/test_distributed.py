@@ -42,12 +42,13 @@ RUNS: dict[str, tuple[str, dict]] = {
     "tensor_parallel": ("llama", {"tensor_parallel_size": 2}),
     "tensor_parallel_e2e": ("llama", {"tensor_parallel_size": 2, "method": "e2e"}),
     "tensor_parallel_restricted": ("llama", {"tensor_parallel_size": 2, "restricted_gradient": True}),
-    "fsdp": ("llama", {**FSDP, **SAVED}),
-    "fsdp_resumed": ("llama", {**FSDP, "resume": "fsdp/checkpoint-2"}),
-    "fsdp_lora": ("llama", {**FSDP, "lora": True}),
     "bfloat16": ("llama", {"dtype": "bfloat16"}),
     "bfloat16_e2e": ("llama", {"dtype": "bfloat16", "method": "e2e"}),
     "bfloat16_tensor_parallel": ("llama", {"dtype": "bfloat16", "tensor_parallel_size": 2}),
+    # FSDP stays on in a process that had it once.
+    "fsdp": ("llama", {**FSDP, **SAVED}),
+    "fsdp_resumed": ("llama", {**FSDP, "resume": "fsdp/checkpoint-2"}),
+    "fsdp_lora": ("llama", {**FSDP, "lora": True}),
     "bfloat16_fsdp": ("llama", {"dtype": "bfloat16", **FSDP}),
     "bfloat16_fsdp_lora": ("llama", {"dtype": "bfloat16", **FSDP, "lora": True}),
 }
