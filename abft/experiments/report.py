@@ -156,11 +156,12 @@ def _setup(results: Results) -> str:
 
 def _rates(results: Results) -> str:
     """Return the learning rates by method if they differ; "" if they do not."""
-    rates = {METHODS[run.key.method].title: run.settings.get("learning_rate") for run in results.runs if run.training}
+    histories = {METHODS[run.key.method].title: run.training["history"] for run in results.runs if run.training}
+    # After a warm-up the last step has the rate.
+    rates = {title: entries[-1]["learning_rate"] for title, entries in histories.items() if entries}
     if len(set(rates.values())) < 2:
         return ""
-    named = (f"{'2e-05' if rate is None else f'{rate:g}'} ({title})" for title, rate in rates.items())
-    return f"; learning rates {', '.join(named)}"
+    return f"; learning rates {', '.join(f'{rate:g} ({title})' for title, rate in rates.items())}"
 
 
 def _fallen_heads(results: Results) -> str:

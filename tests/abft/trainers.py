@@ -6,6 +6,9 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
+from tiny_models import random_prompts, tiny
+from transformers import AutoModelForCausalLM
 
 from abft.prompts.builder import PromptSet
 from abft.training.config import ABFTConfig
@@ -46,6 +49,18 @@ def trained(*args: Any, resume: str | None = None, **changes: Any) -> ABFTTraine
         warnings.simplefilter("ignore")
         trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def saved_and_loaded(folder, kind="llama", dtype=torch.float32, **changes: Any):
+    """Return a tiny model that was saved to the folder and loaded from it."""
+    tiny(kind, **LABEL_LOOKERS, **changes).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def logits_of(model):
+    """Return the logits of two random prompts, (2, 16, V) float32."""
+    with torch.no_grad():
+        return model.eval()(torch.stack(random_prompts((16, 16))[0])).logits.float()
 
 
 def losses(trainer):

@@ -4,27 +4,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from tiny_models import random_prompts, tiny
-from trainers import LABEL_LOOKERS, arguments, assert_same_trajectory, trained, trainer_of
+from tiny_models import tiny
+from trainers import arguments, assert_same_trajectory, logits_of, saved_and_loaded, trained, trainer_of
 from transformers import AutoModelForCausalLM
 
 import abft
 from abft.models.projections import find_head, find_parts, find_qk, untie_head
 from abft.models.weights import load_trained, merge
 from abft.training.plan import plan
-
-IDS = torch.stack(random_prompts((16, 16))[0])
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(IDS).logits.float()
-
-
-def base(folder, kind="llama", dtype=torch.float32, **changes):
-    """Return a tiny model that was saved to the folder and loaded from it."""
-    tiny(kind, **LABEL_LOOKERS, **changes).save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def end_to_end(folder, prompts, builder, model, **changes):
@@ -37,7 +24,7 @@ def end_to_end(folder, prompts, builder, model, **changes):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
 def test_the_head_moves_and_the_embeddings_stay(kind, tied, toy_prompts, toy_builder, tmp_path):
-    model = base(tmp_path / "base", kind, tie_word_embeddings=tied)
+    model = saved_and_loaded(tmp_path / "base", kind, tie_word_embeddings=tied)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parts = {item.name: item for item in (*find_qk(model), *find_head(model))}
     trainer = end_to_end(tmp_path, toy_prompts, toy_builder, model)
@@ -61,14 +48,14 @@ def test_the_head_moves_and_the_embeddings_stay(kind, tied, toy_prompts, toy_bui
 )  # fmt: skip
 def test_what_is_saved_is_the_model(dtype, lora, tied, toy_prompts, toy_builder, tmp_path):
     """Loaded on top of the base, and merged into a folder that works without this package."""
-    model = base(tmp_path / "base", dtype=dtype, tie_word_embeddings=tied)
-    untrained = logits(model)
+    model = saved_and_loaded(tmp_path / "base", dtype=dtype, tie_word_embeddings=tied)
+    untrained = logits_of(model)
     trainer = end_to_end(tmp_path, toy_prompts, toy_builder, model, lora=lora)
-    want = logits(trainer.model)
+    want = logits_of(trainer.model)
     assert (want - untrained).abs().max() > 0.01
     loaded = abft.from_pretrained(tmp_path / "trained", str(tmp_path / "base"), dtype=dtype)
     assert isinstance(loaded, PeftModel) == lora
-    torch.testing.assert_close(logits(loaded), want, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits_of(loaded), want, atol=1e-6, rtol=1e-6)
     for name in ("accuracy", "true_label_likelihood"):
         found = [getattr(abft.evaluate(m, toy_prompts, progress=False), name) for m in (loaded, trainer.model)]
         assert found[0] == pytest.approx(found[1], abs=1e-6)
@@ -76,7 +63,7 @@ def test_what_is_saved_is_the_model(dtype, lora, tied, toy_prompts, toy_builder,
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert plain.dtype == dtype
     if dtype == torch.float32:  # merging adapters into bfloat16 rounds W_Q and W_K
-        torch.testing.assert_close(logits(plain), want, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(logits_of(plain), want, atol=1e-3, rtol=1e-3)
     head = (loaded.get_base_model() if lora else loaded).get_output_embeddings().weight
     assert torch.equal(plain.get_output_embeddings().weight, head.to(dtype))
     embeddings = AutoModelForCausalLM.from_pretrained(tmp_path / "base").get_input_embeddings().weight
@@ -85,20 +72,20 @@ def test_what_is_saved_is_the_model(dtype, lora, tied, toy_prompts, toy_builder,
 
 def test_evaluation_reads_the_trained_head(toy_prompts, toy_builder, tmp_path):
     """A head with its signs changed turns the order of the labels around."""
-    model = base(tmp_path / "base")
+    model = saved_and_loaded(tmp_path / "base")
     trainer = trainer_of(model, toy_prompts, toy_builder, tmp_path / "run", method="e2e", lora=True)
     head = trainer.model.get_base_model().get_output_embeddings().modules_to_save["default"]
-    want = logits(trainer.model)  # of adapters that do nothing yet
+    want = logits_of(trainer.model)  # of adapters that do nothing yet
     before = abft.evaluate(trainer.model, toy_prompts, progress=False)
     with torch.no_grad():
         head.weight.neg_()
-    torch.testing.assert_close(logits(trainer.model), -want)
+    torch.testing.assert_close(logits_of(trainer.model), -want)
     after = abft.evaluate(trainer.model, toy_prompts, progress=False)
     assert torch.equal(after.predictions, before.probabilities.argmin(dim=1))
 
 
 def test_adapters_keep_the_head_in_float32(toy_prompts, toy_builder, tmp_path):
-    model = base(tmp_path / "base", dtype=torch.bfloat16, tie_word_embeddings=True)
+    model = saved_and_loaded(tmp_path / "base", dtype=torch.bfloat16, tie_word_embeddings=True)
     end_to_end(tmp_path, toy_prompts, toy_builder, model, lora=True)
     with safe_open(tmp_path / "trained" / "adapter_model.safetensors", framework="pt") as file:
         saved = file.get_tensor("base_model.model.lm_head.weight")
@@ -110,7 +97,7 @@ def test_adapters_keep_the_head_in_float32(toy_prompts, toy_builder, tmp_path):
 
 
 def test_projections_alone_leave_the_head(toy_prompts, toy_builder, tmp_path):
-    model = base(tmp_path / "base", tie_word_embeddings=True)
+    model = saved_and_loaded(tmp_path / "base", tie_word_embeddings=True)
     before = model.get_output_embeddings().weight.clone()
     trained(model, toy_prompts, toy_builder, tmp_path, method="e2e_qk", num_train_epochs=1)
     assert torch.equal(model.get_output_embeddings().weight, before)
@@ -119,7 +106,7 @@ def test_projections_alone_leave_the_head(toy_prompts, toy_builder, tmp_path):
 
 def test_resumed_training_has_the_head(toy_prompts, toy_builder, tmp_path):
     changes = {"method": "e2e", "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
-    models = [base(tmp_path / "base", tie_word_embeddings=True) for _ in range(2)]
+    models = [saved_and_loaded(tmp_path / "base", tie_word_embeddings=True) for _ in range(2)]
     whole = trained(models[0], toy_prompts, toy_builder, tmp_path / "a", **changes)
     resume = str(tmp_path / "a" / "checkpoint-2")
     again = trained(models[1], toy_prompts, toy_builder, tmp_path / "b", resume=resume, **changes)
@@ -128,7 +115,7 @@ def test_resumed_training_has_the_head(toy_prompts, toy_builder, tmp_path):
 
 
 def test_a_head_of_another_size_changes_nothing(toy_prompts, toy_builder, tmp_path):
-    end_to_end(tmp_path, toy_prompts, toy_builder, base(tmp_path / "base", tie_word_embeddings=True))
+    end_to_end(tmp_path, toy_prompts, toy_builder, saved_and_loaded(tmp_path / "base", tie_word_embeddings=True))
     other = tiny("llama", vocab_size=60, tie_word_embeddings=True)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(ValueError, match=r"lm_head.weight has shape \(50, 32\) in .* but \(60, 32\) in the model"):
@@ -138,13 +125,13 @@ def test_a_head_of_another_size_changes_nothing(toy_prompts, toy_builder, tmp_pa
 
 
 def test_untied_models_save_both_weights(tmp_path):
-    model = base(tmp_path / "base", tie_word_embeddings=True)
+    model = saved_and_loaded(tmp_path / "base", tie_word_embeddings=True)
     untie_head(model)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(2)
     model.save_pretrained(tmp_path / "own")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "own")
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits_of(again), logits_of(model))
 
 
 def test_a_model_without_a_head_is_refused(toy_prompts, toy_builder, tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import random_prompts, tiny
-from trainers import LABEL_LOOKERS, arguments, assert_same_trajectory, trained
+from tiny_models import tiny
+from trainers import arguments, assert_same_trajectory, logits_of, saved_and_loaded, trained
 from transformers import AutoModelForCausalLM
 
 import abft
@@ -13,24 +13,13 @@ from abft.models.projections import find_qk
 from abft.models.weights import merge
 from abft.training.plan import plan
 
-IDS = torch.stack(random_prompts((16, 16))[0])
 OPTIONS = {"method": "metaicl", "num_train_epochs": 1}
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(IDS).logits.float()
-
-
-def base(folder, kind="llama", dtype=torch.float32, **changes):
-    tiny(kind, **LABEL_LOOKERS, **changes).save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_what_is_saved_is_the_whole_model(kind, tied, toy_prompts, toy_builder, tmp_path):
-    model = base(tmp_path / "base", kind, tie_word_embeddings=tied)
+    model = saved_and_loaded(tmp_path / "base", kind, tie_word_embeddings=tied)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
     trainer = trained(model, toy_prompts, toy_builder, tmp_path / "run", **OPTIONS)
     trainer.save_model(str(tmp_path / "trained"))
@@ -40,20 +29,20 @@ def test_what_is_saved_is_the_whole_model(kind, tied, toy_prompts, toy_builder, 
     with safe_open(tmp_path / "trained" / "qk_weights.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(before)
     loaded = abft.from_pretrained(tmp_path / "trained", str(tmp_path / "base"))
-    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits_of(loaded), logits_of(model))
     assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
     merge(str(tmp_path / "base"), tmp_path / "trained", tmp_path / "merged", dtype="float32")
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(model))
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits_of(model))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_way_from_the_base(kind, toy_prompts, toy_builder, tmp_path):
     """All that training added, and the base again; W_Q and W_K are measured apart from the rest."""
-    model = base(tmp_path / "base", kind, tie_word_embeddings=True)
+    model = saved_and_loaded(tmp_path / "base", kind, tie_word_embeddings=True)
     trainer = trained(model, toy_prompts, toy_builder, tmp_path / "run", **OPTIONS)
     trainer.save_model(str(tmp_path / "trained"))
     start = abft.enable(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
-    want = logits(start)
+    want = logits_of(start)
     difference = trained_difference(start, tmp_path / "trained")
     shift = weight_shift(start, difference)
     parts = {item.name: item for item in find_qk(start)}
@@ -63,13 +52,13 @@ def test_the_way_from_the_base(kind, toy_prompts, toy_builder, tmp_path):
     )
     torch.testing.assert_close((shift["q"].square() + shift["k"].square()).sum(), change.detach())
     with moved(start, [difference], [1.0]):
-        torch.testing.assert_close(logits(start), logits(model))
-    assert torch.equal(logits(start), want)
+        torch.testing.assert_close(logits_of(start), logits_of(model))
+    assert torch.equal(logits_of(start), want)
 
 
 def test_resumed_training_has_all_parameters(toy_prompts, toy_builder, tmp_path):
     changes = {**OPTIONS, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
-    models = [base(tmp_path / "base") for _ in range(2)]
+    models = [saved_and_loaded(tmp_path / "base") for _ in range(2)]
     whole = trained(models[0], toy_prompts, toy_builder, tmp_path / "a", **changes)
     resume = str(tmp_path / "a" / "checkpoint-2")
     again = trained(models[1], toy_prompts, toy_builder, tmp_path / "b", resume=resume, **changes)
@@ -77,7 +66,7 @@ def test_resumed_training_has_all_parameters(toy_prompts, toy_builder, tmp_path)
 
 
 def test_a_16_bit_model_trains_in_float32(toy_prompts, toy_builder, tmp_path):
-    model = base(tmp_path / "base", dtype=torch.bfloat16)
+    model = saved_and_loaded(tmp_path / "base", dtype=torch.bfloat16)
     trained(model, toy_prompts, toy_builder, tmp_path / "run", **OPTIONS)
     assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
 
