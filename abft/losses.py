@@ -273,7 +273,6 @@ class HeadCountController:
     head_counts: list[float] = field(default_factory=list)
 
     # A subclass may steer another weight: one that rises as heads vanish, or has a highest value.
-    NAME: ClassVar[str] = "A"
     SIGN: ClassVar[float] = 1.0
     HIGHEST: ClassVar[float] = math.inf
     # Below this share of its first value the count is called collapsed.
@@ -284,9 +283,12 @@ class HeadCountController:
     def __post_init__(self) -> None:
         if self.adaption not in ("PID", "P", "none"):
             raise ValueError(f"adaption must be 'PID', 'P' or 'none', got {self.adaption!r}")
-        if not 0 <= self.weight <= self.HIGHEST:
-            bound = "not be negative" if math.isinf(self.HIGHEST) else f"lie from 0 to {self.HIGHEST:g}"
-            raise ValueError(f"{self.NAME} must {bound}, got {self.weight}")
+        self.check_weight()
+
+    def check_weight(self) -> None:
+        """Raise ValueError for a weight out of its range."""
+        if self.weight < 0:
+            raise ValueError(f"A must not be negative, got {self.weight}")
 
     def update(self, head_count: float) -> float:
         """Record n̄_t and return the weight for the next step."""
@@ -325,6 +327,8 @@ class HeadCountController:
 class MassAwardController(HeadCountController):
     """The same for κ of :func:`share_loss`: it rises as heads vanish and falls as they multiply, within 0 … 1."""
 
-    NAME: ClassVar[str] = "mass_award"
     SIGN: ClassVar[float] = -1.0
     HIGHEST: ClassVar[float] = 1.0
+
+    def check_weight(self) -> None:
+        check_mass_award(self.weight)

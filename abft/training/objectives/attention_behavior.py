@@ -140,7 +140,7 @@ class LabelShare(_LabelMass):
     """The share loss (:func:`abft.share_loss`); a controller sets κ after each optimizer step."""
 
     name = "share"
-    description = "share of correct labels in the attention on labels, -log(m+ / S) - 0.1 log S"
+    description = "share of correct labels in the attention on labels, -log(m+ / S) - kappa log S"
 
     def make_controller(self, options: TrainingOptions) -> HeadCountController:
         return MassAwardController(options.mass_award, *_gains(options))
