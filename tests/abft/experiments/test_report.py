@@ -147,7 +147,8 @@ def test_lost_heads_are_named(tmp_path):
         path = folder / "runs" / f"abft-a-n512-seed{seed}" / "run.json"
         content = json.loads(path.read_text())
         content["training"]["history"] = [
-            {"step": step, "loss": 1.0, "induction_heads": count} for step, count in enumerate(counts, 1)
+            {"step": step, "loss": 1.0, "learning_rate": 2e-5, "induction_heads": count}
+            for step, count in enumerate(counts, 1)
         ]
         path.write_text(json.dumps(content))
     assert Results(folder).head_losses() == {"abft-a-n512-seed0": (8.0, 3.9)}
