@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     config = LlamaConfig(
         vocab_size=len(words),
-        hidden_size=32,
+        hidden_size=64,  # the block of 4-bit weights, which bitsandbytes repacks for CPUs with AVX-512
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,

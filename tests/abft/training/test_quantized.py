@@ -55,8 +55,10 @@ def test_trains_resumes_and_reloads(restricted, base, toy_prompts, toy_builder, 
     whole.save_model(tmp_path / "final")
     loaded = load_trained(quantized(base), tmp_path / "final")
     batch = packed(*random_prompts((20, 13)))
-    want = torch.stack(layer_masses(whole.model.eval(), **batch))
-    torch.testing.assert_close(torch.stack(layer_masses(loaded.eval(), **batch)), want, atol=1e-6, rtol=1e-5)
+    # Without gradients: with AVX-512 bitsandbytes computes differently for inputs that require them.
+    with torch.no_grad():
+        want = torch.stack(layer_masses(whole.model.eval(), **batch))
+        torch.testing.assert_close(torch.stack(layer_masses(loaded.eval(), **batch)), want, atol=1e-6, rtol=1e-5)
 
 
 def test_full_training_of_a_quantized_base_is_refused(base, toy_prompts, toy_builder, tmp_path):
