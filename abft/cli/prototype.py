@@ -27,7 +27,6 @@ from abft.losses import Adaption
 from abft.models.loading import default_device, load_base, load_tokenizer
 from abft.models.weights import from_pretrained
 from abft.prompts.tasks import TASKS, get_task
-from abft.training.objectives.objective_registry import DEFAULT
 from abft.training.options import TrainingOptions
 
 __all__ = ["prototype"]
@@ -86,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("--ICL_model_name", required=True, help="base model: a local folder or a name on the Hugging Face Hub")
     add("--ICL_dataset_index", type=int, default=0, help="StaICC's number of the task to train on")
-    add("--method", choices=tuple(_METHODS), default=DEFAULT.upper())
+    add("--method", choices=tuple(_METHODS), default="ABFT")
     add("--ICL_k", type=int, default=4, help="demonstrations per prompt")
     switch("--quantized", "4-bit base, LoRA adapters")
     add("--train_sample_num", type=int, default=512, help="training prompts")

@@ -10,7 +10,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from abft.experiments.methods import METHODS
 from abft.experiments.runs import Run
 from abft.files import write_text
-from abft.training.objectives.objective_registry import DEFAULT, objective_of
 
 __all__ = ["write_card"]
 
@@ -50,7 +49,6 @@ def write_card(folder: Path, run: Run, base: str) -> None:
         metrics = (f"{found[name]:.3f}" for name in ("macro_f1", "true_label_likelihood", "ece"))
         lines.append(f"| {task} | {100 * found['accuracy']:.1f} % | {' | '.join(metrics)} | {found['n']} |")
     method = METHODS[run.key.method]
-    title, scope = method.title, objective_of((method.options or {}).get("method", DEFAULT)).trains
     results = [
         EvalResult(
             task_type="text-classification",
@@ -72,10 +70,10 @@ def write_card(folder: Path, run: Run, base: str) -> None:
     last = run.training["history"][-1] if run.training["history"] else {}
     penalty = last.get("wrong_penalty")
     text = _TEXT.format(
-        title=title,
+        title=method.title,
         task=run.key.task,
         source=f"the other tasks than {run.key.task}" if method.other_tasks else run.key.task,
-        what=("LoRA adapters on " if lora else "") + _WHAT[scope],
+        what=("LoRA adapters on " if lora else "") + _WHAT[method.objective.trains],
         base=name,
         num_prompts=run.key.num_prompts,
         k=run.settings["k"],

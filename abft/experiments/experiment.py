@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -28,7 +29,7 @@ from abft.evaluation.staicc import TaskData, load_task_data, staicc_task, staicc
 from abft.evaluation.suites import CALIBRATION, TESTS, TaskSuite, check_tests
 from abft.experiments.card import write_card
 from abft.experiments.grid import changes_of, grid_points, own_options, parse_grid
-from abft.experiments.methods import METHODS, Method, rates_of, resolve_methods
+from abft.experiments.methods import METHODS, Method, rates_of, resolve_methods, unused_options
 from abft.experiments.runs import EXPERIMENT, FORMAT_VERSION, Run, RunKey, check_writable, read_experiment, read_run
 from abft.files import write_json
 from abft.models.loading import (
@@ -169,6 +170,8 @@ class Experiment:
         self.model = str(DEMO_MODEL) if options.model == "demo" else options.model
         loading_arguments(options.dtype, options.load_in_4bit)
         trained = [method for method in self.methods if method.trained]
+        if trained and (unused := unused_options(trained, asdict(options))):
+            warnings.warn(f"{', '.join(unused)}: without effect on the methods of this experiment", stacklevel=2)
         self.points = self._points(trained)
         for method in trained:
             for point in self.points[method.name]:
@@ -197,7 +200,11 @@ class Experiment:
             raise ValueError("a grid needs a method that trains; add abft to --methods")
         settings = asdict(self.options)
         return {
-            method.name: ["", *(grid_points(grid, own_options(method, settings)) if grid else ())] for method in trained
+            method.name: [
+                "",
+                *(grid_points(grid, own_options(method, settings), method.objective.ignores) if grid else ()),
+            ]
+            for method in trained
         }
 
     def _suites(self) -> dict[str, TaskSuite]:
@@ -399,7 +406,7 @@ class Experiment:
             per_device_train_batch_size=self.options.batch_size,
             save_total_limit=1,
             disable_tqdm=True,
-            **{**shared, **rate, **(method.options or {}), **changes_of(point)},
+            **{**method.training_options({**shared, **rate}), **changes_of(point)},
         )
 
     def _training_prompts(self, key: RunKey) -> Sequence[Prompt]:

@@ -7,7 +7,7 @@ runs of a smaller one, and the point that changes nothing is the method's plain 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from itertools import product
 from typing import Any, NoReturn
@@ -68,15 +68,22 @@ def own_options(method: Method, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: settings[name] for name in NAMES if name in settings}
     size = {"per_device_train_batch_size": settings["batch_size"]} if "batch_size" in settings else {}
-    config = ABFTConfig(output_dir=".", **size, **{**given, **(method.options or {})})
+    config = ABFTConfig(output_dir=".", **size, **method.training_options(given))
     return {name: getattr(config, name) for name in NAMES}
 
 
-def grid_points(grid: Mapping[str, Sequence[Any]], own: Mapping[str, Any]) -> list[str]:
-    """Return the points of the grid that differ from the method's own options, as text, each once."""
+def grid_points(grid: Mapping[str, Sequence[Any]], own: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """Return the points of the grid that differ from the method's own options, as text, each once.
+
+    Args:
+        grid: option → its values.
+        own: options of the method's plain run.
+        ignored: options without effect on the method, over which it has no points.
+    """
+    concerned = {name: values for name, values in grid.items() if name not in ignored}
     points = []
-    for values in product(*grid.values()):
-        changes = {name: value for name, value in zip(grid, values, strict=True) if value != own[name]}
+    for values in product(*concerned.values()):
+        changes = {name: value for name, value in zip(concerned, values, strict=True) if value != own[name]}
         points.append(",".join(f"{name}={changes[name]}" for name in sorted(changes)))
     return [point for point in dict.fromkeys(points) if point]
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-__all__ = ["GROUPS", "METHODS", "Method", "rates_of", "resolve_methods"]
+from abft.training.objectives.objective import Objective
+from abft.training.objectives.objective_registry import objective_of
+from abft.training.options import TrainingOptions
+
+__all__ = ["GROUPS", "METHODS", "Method", "rates_of", "resolve_methods", "unused_options"]
 
 
 @dataclass(frozen=True)
@@ -16,19 +20,32 @@ class Method:
     Args:
         name: as given on the command line.
         title: as shown.
-        options: fields of `ABFTConfig` that make it differ from ABFT; None for a method without training.
+        loss: name of the objective that it trains; None for a method without training.
+        options: its own training options, whatever the experiment's are.
         other_tasks: trains on prompts of all tasks but the one that it is tested on.
     """
 
     name: str
     title: str
-    options: dict[str, Any] | None = field(default_factory=dict)
+    loss: str | None
+    options: dict[str, Any] = field(default_factory=dict)
     other_tasks: bool = False
 
     @property
     def trained(self) -> bool:
         """True if the method trains."""
-        return self.options is not None
+        return self.loss is not None
+
+    @property
+    def objective(self) -> type[Objective]:
+        """The objective of a method that trains."""
+        assert self.loss is not None
+        return objective_of(self.loss)
+
+    def training_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of `ABFTConfig` of its runs: those of `given` that concern it, under its own."""
+        concerned = {name: value for name, value in given.items() if name not in self.objective.ignores}
+        return {**concerned, "method": self.loss, **self.options}
 
 
 METHODS = {
@@ -36,26 +53,37 @@ METHODS = {
     for method in (
         Method("vanilla", "vanilla", None),
         Method("calibration", "contextual calibration", None),
-        Method("abft", "ABFT"),
-        Method("share", "ABFT, share loss", {"method": "share"}),
-        Method("e2e", "E2E", {"method": "e2e", "restricted_gradient": False}),
-        Method("e2e_qk", "E2E on W_Q and W_K", {"method": "e2e_qk", "restricted_gradient": False}),
-        Method("metaicl", "MetaICL", {"method": "metaicl", "restricted_gradient": False}, other_tasks=True),
-        Method("no_pid", "ABFT without PID", {"adaption": "none"}),
-        Method("no_pid_no_filter", "ABFT without PID and filter", {"adaption": "none", "head_filter": False}),
+        Method("abft", "ABFT", "abft"),
+        Method("share", "ABFT, share loss", "share"),
+        Method("e2e", "E2E", "e2e", {"restricted_gradient": False}),
+        Method("e2e_qk", "E2E on W_Q and W_K", "e2e_qk", {"restricted_gradient": False}),
+        Method("metaicl", "MetaICL", "metaicl", {"restricted_gradient": False}, other_tasks=True),
+        Method("no_pid", "ABFT without PID", "abft", {"adaption": "none"}),
+        Method("no_pid_no_filter", "ABFT without PID and filter", "abft", {"adaption": "none", "head_filter": False}),
         # Without PID, as in Table 4: it would move A away from 0, and has no antagonist without B.
-        Method("a0", "ABFT with A = 0", {"wrong_penalty": 0.0, "adaption": "none"}),
-        Method("b0", "ABFT with B = 0", {"correct_award": 0.0, "adaption": "none"}),
-        Method("restricted", "ABFT, restricted gradient", {"restricted_gradient": True}),
+        Method("a0", "ABFT with A = 0", "abft", {"wrong_penalty": 0.0, "adaption": "none"}),
+        Method("b0", "ABFT with B = 0", "abft", {"correct_award": 0.0, "adaption": "none"}),
+        Method("restricted", "ABFT, restricted gradient", "abft", {"restricted_gradient": True}),
+        Method("share_no_pid", "share loss without PID", "share", {"adaption": "none"}),
+        Method("share_no_award", "share loss without award", "share", {"mass_award": 0.0, "adaption": "none"}),
+        Method("share_no_filter", "share loss without filter", "share", {"head_filter": False}),
     )
 }
-"""By name. The ablations are those of arXiv 2505.14233, Table 4."""
+"""By name. The ablations of `abft`, the paper's loss, are those of arXiv 2505.14233, Table 4."""
 
 GROUPS = {
     "paper": ("vanilla", "calibration", "abft", "e2e"),
     "ablation": ("vanilla", "abft", "no_pid", "no_pid_no_filter", "a0", "b0"),
+    "share_ablation": ("vanilla", "share", "share_no_pid", "share_no_award", "share_no_filter"),
 }
 """Names that stand for several."""
+
+
+def unused_options(methods: Sequence[Method], given: Mapping[str, Any]) -> list[str]:
+    """Return the training options of `given`, other than their defaults, that none of these methods heeds."""
+    ignored = set.intersection(*(set(method.objective.ignores) for method in methods))
+    defaults = {option.name: option.default for option in fields(TrainingOptions)}
+    return [name for name in defaults if name in ignored and given[name] != defaults[name]]
 
 
 def rates_of(texts: Sequence[str]) -> dict[str, float]:

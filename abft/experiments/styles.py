@@ -21,7 +21,8 @@ STYLES: dict[str, Style] = {
     "e2e": (ORANGE, "//", "-.", "^"), "no_pid": (GREEN, "..", ":", "v"), "no_pid_no_filter": (SKY, "++", ":", "<"),
     "a0": (PURPLE, "\\\\", ":", ">"), "b0": (VERMILION, "--", ":", "P"), "restricted": ("#F0E442", "oo", "-", "*"),
     "e2e_qk": ("#7A4A00", "**", "-.", "d"), "share": ("#000000", "OO", "-", "X"),
-    "metaicl": ("#882255", "||", ":", "h"),
+    "metaicl": ("#882255", "||", ":", "h"), "share_no_pid": (GREEN, "..", "--", "1"),
+    "share_no_award": (PURPLE, "\\\\", "--", "2"), "share_no_filter": (SKY, "++", "--", "3"),
 }  # fmt: skip
 """By method; a method without a row takes one of :func:`generated_style`."""
 

@@ -39,8 +39,8 @@ def _trainer_step(model: Any, ids: Any, groups: Any) -> Callable[[], None]:
         for row, own in zip(ids, groups, strict=True)
     ]
     config = abft.ABFTConfig(
-        output_dir=tempfile.gettempdir(), use_cpu=True, disable_tqdm=True, save_strategy="no", head_filter=False,
-        pseudo_batch_size=max(8, len(targets)),
+        output_dir=tempfile.gettempdir(), method="abft", use_cpu=True, disable_tqdm=True, save_strategy="no",
+        head_filter=False, pseudo_batch_size=max(8, len(targets)),
     )  # fmt: skip
     trainer = abft.ABFTTrainer(model, config, targets)
     batches = list(trainer.get_train_dataloader())

@@ -20,6 +20,7 @@ LABEL_LOOKERS: dict[str, Any] = {"spread": 0.7}  # random models with heads on b
 def arguments(folder, **changes: Any) -> ABFTConfig:
     options: dict[str, Any] = dict(
         output_dir=str(folder),
+        method="abft",
         learning_rate=1e-3,
         per_device_train_batch_size=8,  # several passes a step
         use_cpu=True,

@@ -106,13 +106,14 @@ class AttentionBehavior(_LabelMass):
 
     name = "abft"
     description = "attention mass on correct labels (the paper's loss)"
+    ignores = ("mass_award", "mass_floor")
 
     def make_controller(self, options: TrainingOptions) -> HeadCountController:
         return HeadCountController(options.wrong_penalty, *_gains(options))
 
     @classmethod
     def plan_modes(cls) -> dict[str, bool]:
-        return {"full": False, "restricted": True}
+        return {}  # takes what the share loss takes
 
     @classmethod
     def check_options(cls, options: TrainingOptions) -> None:
@@ -141,9 +142,14 @@ class LabelShare(_LabelMass):
 
     name = "share"
     description = "share of correct labels in the attention on labels, -log(m+ / S) - kappa log S"
+    ignores = ("wrong_penalty", "correct_award", "unmatched_weight")
 
     def make_controller(self, options: TrainingOptions) -> HeadCountController:
         return MassAwardController(options.mass_award, *_gains(options))
+
+    @classmethod
+    def plan_modes(cls) -> dict[str, bool]:
+        return {"full": False, "restricted": True}
 
     @classmethod
     def check_options(cls, options: TrainingOptions) -> None:

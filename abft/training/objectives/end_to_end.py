@@ -16,6 +16,21 @@ class EndToEndProjections(LogitObjective):
     name = "e2e_qk"
     description = "cross-entropy of the gold label token, on the parameters of abft"
     sample_needs = ("label_id",)
+    ignores = (
+        "wrong_penalty",
+        "correct_award",
+        "adaption",
+        "pid_proportional",
+        "pid_integral",
+        "pid_derivative",
+        "pid_relative",
+        "unmatched_weight",
+        "mass_award",
+        "mass_floor",
+        "head_filter",
+        "per_head_mean",
+        "stop_on_collapse",
+    )
 
     def losses(self, outputs: Tensor, batch: Batch) -> SampleLosses:
         return SampleLosses(F.cross_entropy(outputs.float(), batch["label_ids"], reduction="none"), {})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ class Objective(ABC):
         heads_apart: the loss is a sum over heads, of which each process of a tensor-parallel group has its own.
         trains: the parameters that are trained.
         sample_needs: attributes of a sample that must not be None.
+        ignores: options that have no effect on it; any other value than their default is refused.
     """
 
     name: ClassVar[str]
@@ -52,6 +54,7 @@ class Objective(ABC):
     heads_apart: ClassVar[bool] = False
     trains: ClassVar[Scope] = "qk"
     sample_needs: ClassVar[tuple[str, ...]] = ()
+    ignores: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: TrainingOptions) -> None:
         self.options = options
@@ -63,7 +66,13 @@ class Objective(ABC):
 
     @classmethod
     def check_options(cls, options: TrainingOptions) -> None:
-        """Raise ValueError if an option is out of its range or contradicts this objective."""
+        """Raise ValueError if an option is out of its range, or contradicts or does not concern this objective."""
+        for option in fields(TrainingOptions):
+            if option.name in cls.ignores and getattr(options, option.name) != option.default:
+                raise ValueError(
+                    f"{option.name}={getattr(options, option.name)} has no effect with method={cls.name!r}; leave it "
+                    f"at {option.default}, or choose another method"
+                )
         if cls.trains == "model" and options.lora:
             raise ValueError(f"method={cls.name!r} trains the whole model, not adapters; leave lora off")
         if not options.restricted_gradient:

@@ -8,9 +8,9 @@ from abft.training.objectives.objective import Objective
 
 __all__ = ["DEFAULT", "OBJECTIVES", "objective_of", "plan_modes", "register"]
 
-_BUILT_IN: tuple[type[Objective], ...] = (AttentionBehavior, LabelShare, EndToEnd, EndToEndProjections, MetaICL)
+_BUILT_IN: tuple[type[Objective], ...] = (LabelShare, AttentionBehavior, EndToEnd, EndToEndProjections, MetaICL)
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in _BUILT_IN}
-DEFAULT = AttentionBehavior.name
+DEFAULT = LabelShare.name
 
 
 def register(objective: type[Objective]) -> type[Objective]:

@@ -30,8 +30,6 @@ def train(model_folder, files, output, *extra):
             "8",
             "--learning_rate",
             "1e-3",
-            "--head_filter",
-            "False",
             "--use_cpu",
             "True",
             "--disable_tqdm",
@@ -56,7 +54,7 @@ def test_unknown_command_is_named(capsys):
 
 def test_train_then_eval(model_folder, files, tmp_path, capsys):
     run = tmp_path / "run"
-    assert train(model_folder, files, run) == 0
+    assert train(model_folder, files, run, "--method", "abft", "--head_filter", "False") == 0
     assert "ABFT: 8 steps over 32 prompts" in " ".join(capsys.readouterr().out.split())
     history = json.loads((run / "training.json").read_text())["history"]
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 9))

@@ -278,10 +278,15 @@ def test_training_options_are_declared_once(experiment_options, tmp_path):
         for name, option in options.items()
         if name not in ("adaption", "pseudo_batch_size", "restricted_gradient")
     }
-    changed |= {"adaption": "P", "pseudo_batch_size": 48}
-    experiment = Experiment(replace(experiment_options, output_dir=str(tmp_path), methods=["abft"], **changed))
-    config = experiment._config(METHODS["abft"], tmp_path, seed=3)
-    assert {name: getattr(config, name) for name in changed} == changed
+    changed |= {"adaption": "P", "pseudo_batch_size": 48, "mass_award": 0.7}
+    experiment = Experiment(replace(experiment_options, output_dir=str(tmp_path), methods=["abft", "share"], **changed))
+    for method, others in (("abft", {"mass_award", "mass_floor"}), ("share", {"wrong_penalty", "correct_award"})):
+        config = experiment._config(METHODS[method], tmp_path, seed=3)
+        mine = changed.keys() - set(METHODS[method].objective.ignores)
+        assert {name: getattr(config, name) for name in mine} == {name: changed[name] for name in mine}
+        assert others <= changed.keys() - mine
+    with pytest.warns(UserWarning, match=r"mass_award, mass_floor: without effect on the methods"):
+        Experiment(replace(experiment_options, output_dir=str(tmp_path), methods=["abft"], **changed))
     # The size and the layout of a pass change no result.
     assert options.keys() - experiment.settings.keys() == {"packing", "tokens_per_batch", "gradient_checkpointing"}
 

@@ -50,6 +50,9 @@ def test_points_are_named_by_what_they_change():
         assert ",".join(f"{name}={value}" for name, value in sorted(changes_of(point).items())) == point
     assert changes_of("") == {}
     assert grid_points({"wrong_penalty": [0.0, 0.5]}, own_options(METHODS["a0"], {})) == ["wrong_penalty=0.5"]
+    share = METHODS["share"]
+    grid = {"wrong_penalty": [0.0, 0.5], "mass_award": [0.0, 0.1]}
+    assert grid_points(grid, own_options(share, {}), share.objective.ignores) == ["mass_award=0.0"]
 
 
 def test_folders_of_points_differ():

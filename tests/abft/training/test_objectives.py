@@ -124,7 +124,7 @@ def test_a_loss_on_logits_trains(toy_prompts, toy_builder, tmp_path):
 
 def test_the_command_line_offers_it(tmp_path):
     parser = HfArgumentParser([ABFTConfig])
-    assert "{abft,share,e2e,e2e_qk,metaicl,correct_mass,entropy}" in parser.format_help()
+    assert "{share,abft,e2e,e2e_qk,metaicl,correct_mass,entropy}" in parser.format_help()
     (config,) = parser.parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--method", "correct_mass", "--use_cpu", "True"]
     )
@@ -169,7 +169,7 @@ def test_names_are_unique():
     register(CorrectMass)  # again
     with pytest.raises(ValueError, match="method 'correct_mass' is CorrectMass; choose another name"):
         register(Other)
-    known = " or ".join(map(repr, ("abft", "share", "e2e", "e2e_qk", "metaicl", "correct_mass")))
+    known = " or ".join(map(repr, ("share", "abft", "e2e", "e2e_qk", "metaicl", "correct_mass")))
     with pytest.raises(ValueError, match=f"method must be {known}"):
         objective_of("Correct_mass")
 

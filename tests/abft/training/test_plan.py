@@ -124,7 +124,7 @@ def test_the_command_line(seven_billion, capsys):
     [
         (
             {"mode": "half"},
-            "mode must be one of full, restricted, share, share_restricted, e2e, e2e_qk, metaicl, inference, got",
+            "mode must be one of full, restricted, e2e, e2e_qk, metaicl, inference, got",
         ),
         ({"precision": "int8"}, "precision must be one of"),
         ({"context": 200_000}, "context=200000 is beyond the model's 131072 tokens"),

@@ -226,13 +226,16 @@ def test_lora_saves_an_adapter(toy_prompts, toy_builder, tmp_path):
 # --- what is trained --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["abft", "e2e_qk"])
+UNFILTERED = {"abft": {"head_filter": False}, "share": {"head_filter": False}}  # random models have few heads to train
+
+
+@pytest.mark.parametrize("method", ["abft", "share", "e2e_qk"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3"])
 def test_only_query_and_key_move(kind, method, toy_prompts, toy_builder, tmp_path):
     model = tiny(kind, **LABEL_LOOKERS)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     items = {item.name: item for item in find_qk(model)}
-    trained(model, toy_prompts, toy_builder, tmp_path, method=method, head_filter=False, num_train_epochs=2)
+    trained(model, toy_prompts, toy_builder, tmp_path, method=method, num_train_epochs=2, **UNFILTERED.get(method, {}))
     assert is_enabled(model)
     for name, tensor in model.state_dict().items():
         moved = tensor != before[name]
@@ -292,12 +295,10 @@ def test_each_term_does_its_part(toy_prompts, toy_builder, tmp_path):
 @pytest.mark.parametrize("method", ["abft", "e2e"])
 def test_models_with_dropout_train(method, toy_prompts, toy_builder, tmp_path):
     dropout = {"attn_pdrop": 0.2, "resid_pdrop": 0.2, "embd_pdrop": 0.2}
-    model = tiny("gpt2", **dropout)
-    trainer = trained(model, toy_prompts, toy_builder, tmp_path, method=method, head_filter=False, num_train_epochs=2)
+    changes = {"method": method, "num_train_epochs": 2, **UNFILTERED.get(method, {})}
+    trainer = trained(tiny("gpt2", **dropout), toy_prompts, toy_builder, tmp_path, **changes)
     assert torch.tensor(losses(trainer)).isfinite().all()
-    other = trained(
-        tiny("gpt2"), toy_prompts, toy_builder, tmp_path, method=method, head_filter=False, num_train_epochs=2
-    )
+    other = trained(tiny("gpt2"), toy_prompts, toy_builder, tmp_path, **changes)
     assert losses(trainer) != pytest.approx(losses(other), rel=1e-4), "no dropout in training"
 
 
@@ -345,7 +346,8 @@ def test_defaults_are_the_papers(tmp_path):
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (32, 1)
     accumulating = ABFTConfig(output_dir=str(tmp_path), use_cpu=True, gradient_accumulation_steps=4)
     assert accumulating.per_device_train_batch_size == 8
-    assert (args.wrong_penalty, args.correct_award, args.adaption) == (0.5, 1.0, "PID")
+    assert (args.method, args.mass_award, args.adaption) == ("share", 0.1, "PID")
+    assert (args.wrong_penalty, args.correct_award) == (0.5, 1.0)
     assert (args.pid_proportional, args.pid_integral, args.pid_derivative) == (0.03, 0.005, 0.005)
     assert (args.weight_decay, args.max_grad_norm, args.lora_r) == (0.0, 0.0, 16)
     assert args.head_filter
@@ -357,8 +359,11 @@ def test_defaults_are_the_papers(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"method": "sft"}, "method must be 'abft' or 'share' or 'e2e' or 'e2e_qk' or 'metaicl', got 'sft'"),
-        ({"wrong_penalty": -0.5}, "wrong_penalty must not be negative, got -0.5"),
+        ({"method": "sft"}, "method must be 'share' or 'abft' or 'e2e' or 'e2e_qk' or 'metaicl', got 'sft'"),
+        ({"wrong_penalty": -0.5, "method": "abft"}, "wrong_penalty must not be negative, got -0.5"),
+        ({"wrong_penalty": 0.2, "method": "share"}, "wrong_penalty=0.2 has no effect with method='share'; leave"),
+        ({"mass_award": 0.2, "method": "abft"}, "mass_award=0.2 has no effect with method='abft'; leave it at 0.1"),
+        ({"head_filter": False, "method": "e2e"}, "head_filter=False has no effect with method='e2e'"),
         ({"correct_award": -1}, "correct_award must not be negative"),
         (
             {"pseudo_batch_size": 30, "per_device_train_batch_size": 8},
