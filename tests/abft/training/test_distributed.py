@@ -74,8 +74,8 @@ def folder(toy_prompts, toy_builder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     torch.save(toy_prompts, folder / "prompts.pt")
     shared = dict(
-        learning_rate=1e-3, use_cpu=True, disable_tqdm=True, save_strategy="no", num_train_epochs=2, ddp_backend="gloo",
-        per_device_train_batch_size=8,
+        method="abft", learning_rate=1e-3, use_cpu=True, disable_tqdm=True, save_strategy="no", num_train_epochs=2,
+        ddp_backend="gloo", per_device_train_batch_size=8,
     )  # fmt: skip
     runs = []
     for name, (kind, options) in RUNS.items():

@@ -144,8 +144,6 @@ def test_a_run_of_it_can_be_planned(tmp_path):
     assert modes() == (
         "full",
         "restricted",
-        "share",
-        "share_restricted",
         "e2e",
         "e2e_qk",
         "metaicl",
