@@ -170,9 +170,16 @@ class Experiment:
         self.model = str(DEMO_MODEL) if options.model == "demo" else options.model
         loading_arguments(options.dtype, options.load_in_4bit)
         trained = [method for method in self.methods if method.trained]
-        if trained and (unused := unused_options(trained, asdict(options))):
-            warnings.warn(f"{', '.join(unused)}: without effect on the methods of this experiment", stacklevel=2)
-        self.points = self._points(trained)
+        grid = parse_grid(options.grid)
+        if grid and not trained:
+            raise ValueError("a grid needs a method that trains; add abft to --methods")
+        if trained and (unused := unused_options(trained, {**asdict(options), **grid})):
+            names = ", ".join(method.name for method in trained)
+            warnings.warn(f"{', '.join(unused)} without effect: none of {names} heeds it", stacklevel=2)
+        own = {method.name: own_options(method, asdict(options)) for method in trained}
+        self.points = {
+            method.name: ["", *grid_points(grid, own[method.name], method.objective.ignores)] for method in trained
+        }
         for method in trained:
             for point in self.points[method.name]:
                 self._config(method, Path(options.output_dir), 0, point)
@@ -192,20 +199,6 @@ class Experiment:
         self.output = check_writable(options.output_dir)
         for key in self.keys:
             self._stored(key)
-
-    def _points(self, trained: list[Method]) -> dict[str, list[str]]:
-        """Return the points of the grid of each method that trains, its plain run first."""
-        grid = parse_grid(self.options.grid)
-        if grid and not trained:
-            raise ValueError("a grid needs a method that trains; add abft to --methods")
-        settings = asdict(self.options)
-        return {
-            method.name: [
-                "",
-                *(grid_points(grid, own_options(method, settings), method.objective.ignores) if grid else ()),
-            ]
-            for method in trained
-        }
 
     def _suites(self) -> dict[str, TaskSuite]:
         """Return the tests of each task, with the prompts of the Normal test made.
@@ -302,9 +295,12 @@ class Experiment:
 
     def _settings_of(self, key: RunKey) -> dict[str, Any]:
         """Return what the results of the run depend on: those of the untrained model on no training option."""
-        if not METHODS[key.method].trained:
-            return {name: value for name, value in self.settings.items() if name not in _OF_TRAINING}
-        return {**self.settings, "learning_rate": self.rates.get(key.method, self.settings["learning_rate"])}
+        method = METHODS[key.method]
+        without = method.objective.ignores if method.trained else _OF_TRAINING
+        settings = {name: value for name, value in self.settings.items() if name not in without}
+        if method.name in self.rates:
+            settings["learning_rate"] = self.rates[method.name]
+        return settings
 
     def run(self) -> list[Run]:
         """Train and test what is missing; return the runs in their order."""

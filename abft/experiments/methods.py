@@ -64,9 +64,9 @@ METHODS = {
         Method("a0", "ABFT with A = 0", "abft", {"wrong_penalty": 0.0, "adaption": "none"}),
         Method("b0", "ABFT with B = 0", "abft", {"correct_award": 0.0, "adaption": "none"}),
         Method("restricted", "ABFT, restricted gradient", "abft", {"restricted_gradient": True}),
-        Method("share_no_pid", "share loss without PID", "share", {"adaption": "none"}),
-        Method("share_no_award", "share loss without award", "share", {"mass_award": 0.0, "adaption": "none"}),
-        Method("share_no_filter", "share loss without filter", "share", {"head_filter": False}),
+        Method("share_no_pid", "ABFT, share loss without PID", "share", {"adaption": "none"}),
+        Method("share_no_award", "ABFT, share loss without award", "share", {"mass_award": 0.0, "adaption": "none"}),
+        Method("share_no_filter", "ABFT, share loss without filter", "share", {"head_filter": False}),
     )
 }
 """By name. The ablations of `abft`, the paper's loss, are those of arXiv 2505.14233, Table 4."""

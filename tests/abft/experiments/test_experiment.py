@@ -285,7 +285,7 @@ def test_training_options_are_declared_once(experiment_options, tmp_path):
         mine = changed.keys() - set(METHODS[method].objective.ignores)
         assert {name: getattr(config, name) for name in mine} == {name: changed[name] for name in mine}
         assert others <= changed.keys() - mine
-    with pytest.warns(UserWarning, match=r"mass_award, mass_floor: without effect on the methods"):
+    with pytest.warns(UserWarning, match=r"mass_award, mass_floor without effect: none of abft heeds it"):
         Experiment(replace(experiment_options, output_dir=str(tmp_path), methods=["abft"], **changed))
     # The size and the layout of a pass change no result.
     assert options.keys() - experiment.settings.keys() == {"packing", "tokens_per_batch", "gradient_checkpointing"}
@@ -316,6 +316,19 @@ def test_the_untrained_model_serves_any_training(one_task_options, tmp_path):
     assert len(Experiment(changed).run()) == 1
     with pytest.raises(ValueError, match="was made with k=4, now it is 3"):
         Experiment(replace(changed, k=3))
+
+
+def test_options_that_a_method_ignores_change_no_run_of_it(one_task_options, tmp_path):
+    options = replace(one_task_options, output_dir=str(tmp_path), methods=["share"], limit=2)
+    Experiment(options).run()
+    both = replace(options, wrong_penalty=0.2, methods=["share", "abft"], grid=["wrong_penalty=0,0.25"])
+    experiment = Experiment(both)
+    assert experiment.points == {"share": [""], "abft": ["", "wrong_penalty=0.0", "wrong_penalty=0.25"]}
+    assert experiment._stored(experiment.keys[-1]) is not None
+    with pytest.warns(UserWarning, match="wrong_penalty without effect: none of share heeds it"):
+        Experiment(replace(both, methods=["share"]))
+    with pytest.raises(ValueError, match=r"was made with mass_award=0\.1, now it is 0\.5"):
+        Experiment(replace(both, mass_award=0.5))
 
 
 @pytest.mark.parametrize("text", ["e2e", "e2e=fast", "vanilla=1e-3", "abtf=1e-3", "e2e=0", "e2e=-1", "e2e=nan"])

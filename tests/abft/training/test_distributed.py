@@ -33,6 +33,7 @@ SAVED = {"save_strategy": "steps", "save_steps": 2}
 # name -> kind of model, options
 RUNS: dict[str, tuple[str, dict]] = {
     "full": ("llama", {}),
+    "share": ("llama", {"method": "share"}),
     "fused": ("gpt2", {}),
     "e2e": ("llama", {"method": "e2e"}),
     "packed": ("llama", {"packing": True, "tokens_per_batch": 120, "per_device_train_batch_size": 16}),
@@ -41,6 +42,7 @@ RUNS: dict[str, tuple[str, dict]] = {
     "lora": ("llama", {"lora": True}),
     "tensor_parallel": ("llama", {"tensor_parallel_size": 2}),
     "tensor_parallel_e2e": ("llama", {"tensor_parallel_size": 2, "method": "e2e"}),
+    "tensor_parallel_share": ("llama", {"tensor_parallel_size": 2, "method": "share"}),
     "tensor_parallel_restricted": ("llama", {"tensor_parallel_size": 2, "restricted_gradient": True}),
     "bfloat16": ("llama", {"dtype": "bfloat16"}),
     "bfloat16_e2e": ("llama", {"dtype": "bfloat16", "method": "e2e"}),
@@ -130,7 +132,7 @@ def test_two_processes_equal_one(name, folder, toy_prompts, toy_builder, tmp_pat
     assert (two["sharded"] > 0) == split
     entries = [entry for entry in one.state.log_history if "loss" in entry]
     assert len(entries) == 4
-    for key in ("loss", "induction_heads", "mass_correct", "mass_wrong", "wrong_penalty"):
+    for key in ("loss", "induction_heads", "mass_correct", "mass_wrong", "wrong_penalty", "mass_award"):
         if key in entries[0]:
             assert [e[key] for e in two["log"]] == pytest.approx([e[key] for e in entries], rel=1e-4), key
     assert two["state"].get("head_counts") == one.objective.state_dict().get("head_counts")

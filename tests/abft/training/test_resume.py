@@ -18,8 +18,14 @@ from abft.training.checkpoints import last_complete_checkpoint
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("llama", {}), ("gpt2", {}), ("llama", {"method": "e2e"}), ("llama", {"lora": True})],
-    ids=["abft", "fused", "e2e", "lora"],
+    [
+        ("llama", {}),
+        ("llama", {"method": "share"}),
+        ("gpt2", {}),
+        ("llama", {"method": "e2e"}),
+        ("llama", {"lora": True}),
+    ],
+    ids=["abft", "share", "fused", "e2e", "lora"],
 )
 @pytest.mark.parametrize("step", [2, 3])
 def test_resume_continues_the_trajectory(kind, changes, step, toy_prompts, toy_builder, tmp_path):
@@ -35,9 +41,10 @@ def test_resume_continues_the_trajectory(kind, changes, step, toy_prompts, toy_b
     )
     assert losses(again) == losses(whole)
     assert again.objective.state_dict() == whole.objective.state_dict()
-    if "method" not in changes:
-        assert len(whole.objective.controller.head_counts) == 6
-        assert whole.objective.controller.weight != 0.5
+    if changes.get("method") != "e2e":
+        controller = whole.objective.controller
+        assert len(controller.head_counts) == 6
+        assert controller.weight != (0.1 if "method" in changes else 0.5)
     mine, theirs = state_of(again), state_of(whole)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
